@@ -1,0 +1,214 @@
+"""Which media a text token sees: the index phi, ranges of media, and the table of runs that attention works on.
+
+Source: Alayrac et al. 2022 (Flamingo), section 2.3 and appendices A.1.3 and A.3.2.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, NamedTuple, Self, get_args
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+Attend = Literal["last", "all_previous", "next"]
+
+
+def media_index(media_locations: Bool[Tensor, "batch text"]) -> Int[Tensor, "batch text"]:
+    """Number the medium that each text token sees (phi in the paper).
+
+    Args:
+        media_locations: True where the token is `<image>`.
+
+    Returns:
+        0 before the first medium, then 1..media.
+
+    Source: Alayrac et al. 2022, section 2.3. Differs from the paper: no.
+    """
+    return media_locations.cumsum(-1)
+
+
+def media_ranges(
+    media_locations: Bool[Tensor, "batch text"],
+    *,
+    document_ids: Int[Tensor, "batch text"] | None = None,
+    attend: Attend = "last",
+) -> Int[Tensor, "batch text 2"]:
+    """Give the half-open range of media, counted from 0 in its row, that each text token may see.
+
+    An `<image>` token sees its own medium under every rule. For the other tokens:
+
+    - `"last"`: the last medium before the token (the paper's model);
+    - `"all_previous"`: every medium before the token;
+    - `"next"`: the first medium after the token, nothing after the last medium (the paper's data
+      augmentation, appendix A.3.2).
+
+    A token with nothing to see has the range (0, 0).
+
+    Args:
+        media_locations: True where the token is `<image>`.
+        document_ids: For rows that pack several documents: any integer a document; a document is a stretch of
+            equal ids. Ranges never leave their document. None: a row is one document.
+        attend: The rule. To choose it per document, as the paper does in training, compute two ranges and select:
+            `torch.where(is_next[..., None], media_ranges(m, attend="next"), media_ranges(m))`.
+
+    Returns:
+        (start, stop) for each token.
+
+    Raises:
+        ValueError: If `attend` is not one of the rules, or the shapes of the two tensors differ.
+
+    Source: Alayrac et al. 2022, section 2.3, appendices A.1.3 and A.3.2. Differs from the paper: `"all_previous"` and
+    packed documents are ours.
+    """
+    if attend not in get_args(Attend):
+        raise ValueError(f"attend must be one of {', '.join(map(repr, get_args(Attend)))}, got {attend!r}")
+    if document_ids is not None and document_ids.shape != media_locations.shape:
+        raise ValueError(
+            f"document_ids must have the shape of media_locations, {tuple(media_locations.shape)}, "
+            f"got {tuple(document_ids.shape)}"
+        )
+    stop = media_index(media_locations)
+    first, last = _document_media(media_locations, stop, document_ids)
+    if attend == "all_previous":
+        start = first
+    elif attend == "last":
+        start = (stop - 1).maximum(first)
+    else:
+        start = torch.where(media_locations, stop - 1, stop)
+        stop = (start + 1).minimum(last)
+    ranges = torch.stack([start, stop], dim=-1)
+    return ranges.masked_fill((start >= stop)[..., None], 0)
+
+
+def _document_media(
+    media_locations: Bool[Tensor, "batch text"],
+    index: Int[Tensor, "batch text"],
+    document_ids: Int[Tensor, "batch text"] | None,
+) -> tuple[Int[Tensor, "batch text"], Int[Tensor, "batch text"]]:
+    """Give each token the (first, last) of the half-open range of all media in its document."""
+    if document_ids is None:
+        return torch.zeros_like(index), index[:, -1:].expand_as(index)
+    changes = document_ids[:, 1:] != document_ids[:, :-1]
+    edge = changes.new_ones(changes.shape[0], 1)
+    starts, ends = torch.cat([edge, changes], dim=1), torch.cat([changes, edge], dim=1)
+    # Both counts only grow along a row, so a running maximum (minimum from the right) carries the value at a
+    # document's edge to all its tokens.
+    before = index - media_locations.long()
+    first = torch.where(starts, before, 0).cummax(-1).values
+    last = torch.where(ends, index, torch.iinfo(index.dtype).max).flip(-1).cummin(-1).values.flip(-1)
+    return first, last
+
+
+def dense_media_mask(ranges: Int[Tensor, "batch text 2"], media: int) -> Bool[Tensor, "batch text media"]:
+    """Spell ranges out as a mask: True where the token sees the medium.
+
+    Attention needs no such mask; it is here for reference implementations, for pictures and for other libraries.
+
+    Args:
+        ranges: As given by `media_ranges`.
+        media: Length of the mask's last axis.
+    """
+    index = torch.arange(media, device=ranges.device)
+    return (ranges[..., :1] <= index) & (index < ranges[..., 1:])
+
+
+class MediaRun(NamedTuple):
+    """A stretch of neighbouring tokens of one row that see the same media.
+
+    Attributes:
+        row: Index in the batch.
+        start: First token.
+        length: Number of tokens.
+        media_start: First medium that the tokens see, counted from 0 in the row.
+        media_stop: One after the last medium; equal to `media_start` when they see nothing.
+    """
+
+    row: int
+    start: int
+    length: int
+    media_start: int
+    media_stop: int
+
+
+@dataclass(frozen=True, eq=False)
+class MediaRuns:
+    """The ranges of a batch with its table of runs: built once per forward, shared by all layers.
+
+    Build it with `from_ranges`.
+
+    Attributes:
+        ranges: As given by `media_ranges`.
+        table: Every token is in exactly one run; runs are maximal and in the order of the tokens, row by row.
+            None under `torch.compile`, where reading values back would break the graph; the static-shape algorithms
+            use `ranges` alone.
+    """
+
+    ranges: Int[Tensor, "batch text 2"]
+    table: tuple[MediaRun, ...] | None
+
+    @classmethod
+    def from_ranges(
+        cls, ranges: Int[Tensor, "batch text 2"], *, num_media: Int[Tensor, " batch"] | None = None
+    ) -> Self:
+        """Read the ranges back from the device, once, and collect them into runs.
+
+        Args:
+            ranges: As given by `media_ranges`. Any contiguous ranges will do.
+            num_media: How many media each row really has, padding not counted. Give it for ranges of a whole
+                prompt: since every `<image>` token sees its own medium, a row in which the number of `<image>` tokens
+                differs from the number of media shows here. The check is skipped under `torch.compile`.
+
+        Raises:
+            ValueError: If a range is negative or backwards, if the shapes are wrong, or if a row's `<image>` tokens
+                and media do not agree in number.
+        """
+        if ranges.ndim != 3 or ranges.shape[-1] != 2:
+            raise ValueError(f"ranges must have shape (batch, text, 2), got {tuple(ranges.shape)}")
+        if num_media is not None and num_media.shape != ranges.shape[:1]:
+            raise ValueError(f"num_media must have shape ({ranges.shape[0]},), got {tuple(num_media.shape)}")
+        if torch.compiler.is_compiling():
+            return cls(ranges, None)
+        on_host = ranges.detach().cpu()
+        _check_ranges(on_host)
+        if num_media is not None:
+            _check_num_media(on_host, num_media.tolist())
+        return cls(ranges, _collect_runs(on_host))
+
+    @cached_property
+    def media_stop(self) -> int:
+        """One after the last medium that any token sees: the fewest media a batch must have."""
+        return max((run.media_stop for run in self.table or ()), default=0)
+
+
+def _collect_runs(ranges: Int[Tensor, "batch text 2"]) -> tuple[MediaRun, ...]:
+    batch, text, _ = ranges.shape
+    if batch == 0 or text == 0:
+        return ()
+    begins = torch.ones(batch, text, dtype=torch.bool)
+    begins[:, 1:] = (ranges[:, 1:] != ranges[:, :-1]).any(-1)
+    first = begins.flatten().nonzero().squeeze(-1)
+    length = torch.diff(first, append=first.new_tensor([batch * text]))
+    columns = torch.stack([first // text, first % text, length], dim=-1)
+    table = torch.cat([columns, ranges.flatten(0, 1)[first]], dim=-1)
+    return tuple(MediaRun(*row) for row in table.tolist())
+
+
+def _check_ranges(ranges: Int[Tensor, "batch text 2"]) -> None:
+    wrong = (ranges[..., 0] < 0) | (ranges[..., 1] < ranges[..., 0])
+    if wrong.any():
+        row, token = wrong.nonzero()[0].tolist()
+        raise ValueError(
+            f"ranges must hold 0 <= start <= stop, got {tuple(ranges[row, token].tolist())} at row {row}, token {token}"
+        )
+
+
+def _check_num_media(ranges: Int[Tensor, "batch text 2"], num_media: list[int]) -> None:
+    tokens = ranges[..., 1].amax(1).tolist() if ranges.shape[1] else [0] * len(num_media)
+    for row, (found, expected) in enumerate(zip(tokens, num_media, strict=True)):
+        if found != expected:
+            raise ValueError(
+                f"row {row} has {found} <image> tokens but {expected} media; every medium needs exactly one <image> "
+                "token in its row's text. Check that the text was not truncated and that padding media are counted "
+                "as 0 frames"
+            )

@@ -1,0 +1,292 @@
+"""LMLayerInjector: put blocks before the decoder layers of a language model, and take them out again.
+
+The language model keeps its module tree, its classes and its state_dict keys: blocks run in forward pre-hooks.
+Nothing here knows any model library; a decoder layer is a module that is called with hidden states.
+"""
+
+import inspect
+import threading
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.hooks import RemovableHandle
+
+from flamingo_blocks.blocks.attention import KeyValues
+from flamingo_blocks.blocks.media_mask import MediaRuns
+
+
+def select_layers(
+    num_layers: int, *, every: int = 1, layers: Sequence[int] | Literal["middle"] | None = None
+) -> tuple[int, ...]:
+    """Choose the decoder layers that get a block before them.
+
+    Args:
+        num_layers: Number of decoder layers.
+        every: A block before layers 0, `every`, 2 * `every`, ...
+        layers: Instead: the indices themselves, or `"middle"` for one block before layer `num_layers` // 2.
+
+    Returns:
+        Indices in ascending order.
+
+    Raises:
+        ValueError: If `every` is not in 1..num_layers or is given beside `layers`, or an index is not there or comes
+            twice.
+
+    Source: Alayrac et al. 2022, table 1 (every layer of 24, every 4th of 40, every 7th of 80) and table 3 (v).
+    """
+    if layers is not None and every != 1:
+        raise ValueError(f"give either every or layers, got every={every} and layers={layers!r}")
+    if layers is None:
+        if not 1 <= every <= num_layers:
+            raise ValueError(f"every must be in 1..{num_layers}, the number of decoder layers, got {every}")
+        return tuple(range(0, num_layers, every))
+    if isinstance(layers, str):
+        if layers != "middle":
+            raise ValueError(f'layers must be a sequence of indices or "middle", got {layers!r}')
+        return (num_layers // 2,)
+    _check_indices(layers, num_layers)
+    if len(set(layers)) != len(layers):
+        raise ValueError(f"layers must not name a layer twice, got {list(layers)}")
+    return tuple(sorted(layers))
+
+
+def _check_indices(indices: Sequence[int], num_layers: int) -> None:
+    if not indices:
+        raise ValueError("at least one decoder layer must get a block, got none")
+    absent = [index for index in indices if not 0 <= index < num_layers]
+    if absent:
+        raise ValueError(f"there are decoder layers 0..{num_layers - 1}, got {absent}")
+
+
+@dataclass(frozen=True, eq=False)
+class MediaScope:
+    """What the blocks read during one forward of the language model.
+
+    Attributes:
+        media: Latents for all blocks, or each block's own keys and values by its layer's index.
+        runs: What each token sees.
+    """
+
+    media: Float[Tensor, "batch media latents media_dim"] | Mapping[int, KeyValues]
+    runs: MediaRuns
+
+
+class _ThreadState(threading.local):
+    """The scope of each thread. Copies and pickles start empty: a scope belongs to the call that opened it."""
+
+    scope: MediaScope | None = None
+    recomputes: bool = False
+
+    def __reduce__(self) -> tuple[type["_ThreadState"], tuple[()]]:
+        return _ThreadState, ()
+
+
+class _Entered(AbstractContextManager[None]):
+    """Set the calling thread's scope for a `with` block. It can be entered again, as a second backward does."""
+
+    def __init__(self, state: _ThreadState, scope: MediaScope | None, *, recomputes: bool = False) -> None:
+        self._state = state
+        self._inner = scope, recomputes
+        self._outer: list[tuple[MediaScope | None, bool]] = []
+
+    def __enter__(self) -> None:
+        self._outer.append((self._state.scope, self._state.recomputes))
+        self._state.scope, self._state.recomputes = self._inner
+
+    def __exit__(self, *_: object) -> None:
+        self._state.scope, self._state.recomputes = self._outer.pop()
+
+
+class LMLayerInjector(nn.Module):
+    """Run a block on the hidden states that enter chosen decoder layers.
+
+    The injector owns the blocks; the language model does not know of them. Outside of a scope, the language model
+    computes what it did before. Inside, its layers read the media from the scope of the calling thread.
+
+    Args:
+        blocks: For each decoder layer by its index, the block that runs before it. Most often a
+            `GatedCrossAttentionBlock`; any module with `forward(hidden_states, media, runs)` will do.
+
+    Attributes:
+        blocks: The blocks, in the order of the layers, under their indices as strings.
+        gradient_checkpointing: Recompute each block in backward instead of keeping its activations. transformers sets
+            it too, with checkpointing of a whole `PreTrainedModel` that has the injector as a submodule.
+
+    Example:
+        ```python
+        import torch
+        from transformers import LlamaConfig, LlamaForCausalLM
+        from flamingo_blocks import GatedCrossAttentionBlock, LMLayerInjector, MediaRuns, media_ranges
+
+        lm = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=99, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4
+            )
+        )
+        blocks = {i: GatedCrossAttentionBlock(dim=64, media_dim=32, heads=4) for i in (0, 2)}
+        injector = LMLayerInjector(blocks).inject(lm.model.layers)
+
+        input_ids, media = torch.randint(99, (1, 10)), torch.randn(1, 2, 8, 32)
+        is_image = torch.zeros(1, 10, dtype=torch.bool).index_fill(1, torch.tensor([0, 5]), True)
+        with injector.scope(media, MediaRuns.from_ranges(media_ranges(is_image))):
+            logits = lm(input_ids).logits
+        injector.eject()
+        ```
+
+    Raises:
+        ValueError: If `blocks` is empty.
+
+    Source: Alayrac et al. 2022, section 2.2 (new layers between frozen ones). Blocks stand in pre-hooks because
+    wrapping layers would rename the language model's parameters.
+    """
+
+    def __init__(self, blocks: Mapping[int, nn.Module]) -> None:
+        super().__init__()
+        if not blocks:
+            raise ValueError("blocks must hold at least one block, got none")
+        self.blocks = nn.ModuleDict({str(index): blocks[index] for index in sorted(blocks)})
+        self.gradient_checkpointing = False
+        self._state = _ThreadState()
+        self._handles: list[RemovableHandle] = []
+
+    @property
+    def layer_indices(self) -> tuple[int, ...]:
+        """Indices of the decoder layers that have a block before them."""
+        return tuple(int(index) for index in self.blocks)
+
+    @property
+    def is_injected(self) -> bool:
+        """Whether the blocks are in place."""
+        return bool(self._handles)
+
+    def inject(self, layers: Sequence[nn.Module]) -> "LMLayerInjector":
+        """Put the blocks in place.
+
+        Args:
+            layers: All decoder layers of the language model, e.g. `lm.model.layers`, or what
+                `flamingo_blocks.language.find_decoder_layers` found.
+
+        Returns:
+            This injector.
+
+        Raises:
+            ValueError: If a block's index is not among the layers, this injector is in place already, another one's
+                blocks are, or a layer is shared between places.
+        """
+        if self.is_injected:
+            raise ValueError("this injector is already in place; call eject() first")
+        _check_indices(self.layer_indices, len(layers))
+        if any(isinstance(hook, _BlockHook) for layer in layers for hook in layer._forward_pre_hooks.values()):
+            raise ValueError(
+                "this language model already has blocks injected; call eject() on the injector that holds them"
+            )
+        for index in self.layer_indices:
+            if sum(layer is layers[index] for layer in layers) > 1:
+                raise ValueError(
+                    f"decoder layer {index} stands in the list more than once; shared layers cannot differ"
+                )
+        hooks = {
+            index: _BlockHook(self, index, *_hidden_states_argument(layers[index])) for index in self.layer_indices
+        }
+        self._handles = [
+            layers[index].register_forward_pre_hook(hook, with_kwargs=True) for index, hook in hooks.items()
+        ]
+        return self
+
+    def eject(self) -> None:
+        """Take the blocks out: the language model is as it was. The blocks and their weights stay here.
+
+        Raises:
+            ValueError: If the blocks are not in place.
+        """
+        if not self.is_injected:
+            raise ValueError("this injector is not in place; call inject() first")
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def project_media(self, media: Float[Tensor, "batch media latents media_dim"]) -> dict[int, KeyValues]:
+        """Project media for all blocks at once, for a `scope` that is entered again and again.
+
+        Args:
+            media: The media's latents.
+
+        Returns:
+            Each block's keys and values by its layer's index.
+        """
+        blocks: Any = self.blocks
+        return {index: blocks[str(index)].project_media(media) for index in self.layer_indices}
+
+    def scope(
+        self,
+        media: Float[Tensor, "batch media latents media_dim"] | Mapping[int, KeyValues],
+        runs: MediaRuns,
+    ) -> AbstractContextManager[None]:
+        """Let the language model's calls in this thread see media, until the end of the `with` block.
+
+        Scopes nest; the inner one counts. Threads do not see each other's scopes.
+
+        Args:
+            media: The media's latents, or what `project_media` made of them.
+            runs: What each token sees.
+        """
+        return _Entered(self._state, MediaScope(media, runs))
+
+    def checkpoint_context(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """Carry the scope into recomputation, for those who checkpoint decoder layers, hooks included, by themselves.
+
+        Backward runs after the scope has ended, so a recomputed layer would not find it. Pass this method as
+        `context_fn` to `torch.utils.checkpoint.checkpoint(..., use_reentrant=False)`,
+        to torch's `checkpoint_wrapper`, or in transformers' `gradient_checkpointing_kwargs`. (transformers from 5.23 on
+        checkpoints layers without their hooks and does not need it.) A recomputation that lacks it is an error,
+        never a wrong gradient.
+        """
+        return nullcontext(), _Entered(self._state, self._state.scope, recomputes=True)
+
+    def _run_block(self, index: int, hidden_states: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1 and not self._state.recomputes:
+            raise RuntimeError(
+                "a decoder layer is being recomputed in backward, where its media scope has ended; pass "
+                "context_fn=injector.checkpoint_context and use_reentrant=False to its checkpoint"
+            )
+        scope = self._state.scope
+        if scope is None:
+            return hidden_states
+        block = self.blocks[str(index)]
+        media = scope.media if isinstance(scope.media, Tensor) else scope.media[index]
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, hidden_states, media, scope.runs, use_reentrant=False)
+        return block(hidden_states, media, scope.runs)
+
+
+class _BlockHook:
+    """Forward pre-hook of a decoder layer: an object, not a closure, so that deepcopy and pickle can follow it."""
+
+    def __init__(self, injector: LMLayerInjector, index: int, position: int, name: str) -> None:
+        self.injector = injector
+        self.index = index
+        self.position = position
+        self.name = name
+
+    def __call__(
+        self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if self.name in kwargs:
+            return args, {**kwargs, self.name: self.injector._run_block(self.index, kwargs[self.name])}
+        hidden_states = self.injector._run_block(self.index, args[self.position])
+        return (*args[: self.position], hidden_states, *args[self.position + 1 :]), kwargs
+
+
+def _hidden_states_argument(layer: nn.Module) -> tuple[int, str]:
+    """Find the position and name of the argument that holds the hidden states: by name, else the first one."""
+    names = list(inspect.signature(layer.forward).parameters)
+    if not names:
+        raise ValueError(f"{type(layer).__name__}.forward takes no arguments; a decoder layer takes hidden states")
+    name = "hidden_states" if "hidden_states" in names else names[0]
+    return names.index(name), name
