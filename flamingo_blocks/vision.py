@@ -7,7 +7,7 @@ front or not. What a backbone does is found out once, from the shapes of a pass 
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -97,7 +97,7 @@ class VisionEncoder(nn.Module):
         image_size: int | tuple[int, int] | None = None,
         channels: int = 3,
         output_dtype: torch.dtype | None = None,
-    ) -> Self:
+    ) -> "VisionEncoder":
         """Make the encoder from a timm model name, e.g. `"nfnet_f6"` or `"vit_base_patch16_clip_224.openai"`.
 
         Args:
@@ -123,7 +123,7 @@ class VisionEncoder(nn.Module):
         """Width of a token."""
         return self.layout.dim
 
-    def train(self, mode: bool = True) -> Self:
+    def train(self, mode: bool = True) -> "VisionEncoder":
         """Set the mode of this module, but leave the backbone in eval mode: its statistics must not move."""
         super().train(mode)
         self.backbone.eval()

@@ -5,7 +5,7 @@ Source: Alayrac et al. 2022 (Flamingo), section 2.3 and appendices A.1.3 and A.3
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, NamedTuple, Self, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Bool, Int
@@ -150,7 +150,7 @@ class MediaRuns:
     @classmethod
     def from_ranges(
         cls, ranges: Int[Tensor, "batch text 2"], *, num_media: Int[Tensor, " batch"] | None = None
-    ) -> Self:
+    ) -> "MediaRuns":
         """Read the ranges back from the device, once, and collect them into runs.
 
         Args:

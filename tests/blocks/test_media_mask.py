@@ -1,0 +1,122 @@
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from flamingo_blocks import MediaRuns, media_index, media_ranges
+from flamingo_blocks.blocks import dense_media_mask
+from tests import reference
+from tests.strategies import Layout, layouts
+
+
+@given(layouts())
+def test_media_index_counts_media_up_to_the_token(layout: Layout) -> None:
+    for row, index in zip(layout.media_locations.tolist(), media_index(layout.media_locations).tolist(), strict=True):
+        assert index == [sum(row[: token + 1]) for token in range(len(row))]
+
+
+@given(layouts())
+def test_ranges_follow_their_definition(layout: Layout) -> None:
+    rows = zip(layout.media_locations.tolist(), layout.document_ids.tolist(), strict=True)
+    expected = [reference.media_ranges(*row, layout.attend) for row in rows]
+    assert layout.ranges.tolist() == [[list(seen) for seen in row] for row in expected]
+
+
+@given(layouts())
+def test_an_image_token_sees_its_own_medium(layout: Layout) -> None:
+    own = media_index(layout.media_locations) - 1
+    start, stop = layout.ranges.unbind(-1)
+    assert ((start <= own) & (own < stop))[layout.media_locations].all()
+
+
+@given(layouts())
+def test_packed_documents_see_what_they_see_alone(layout: Layout) -> None:
+    for row in range(layout.batch):
+        for document in layout.document_ids[row].unique():
+            tokens = layout.document_ids[row] == document
+            alone = media_ranges(layout.media_locations[row, tokens][None], attend=layout.attend)[0]
+            media_before = int((layout.media_locations[row] & (layout.document_ids[row] < document)).sum())
+            is_empty = alone[:, :1] == alone[:, 1:]
+            assert torch.equal(layout.ranges[row, tokens], (alone + media_before).masked_fill(is_empty, 0))
+
+
+@given(layouts(packed=False), st.integers(1, 4), st.sampled_from(["left", "right"]))
+def test_padding_tokens_change_no_range(layout: Layout, padding: int, side: str) -> None:
+    pad = (padding, 0) if side == "left" else (0, padding)
+    padded = media_ranges(torch.nn.functional.pad(layout.media_locations, pad), attend=layout.attend)
+    assert torch.equal(padded[:, pad[0] : pad[0] + layout.text], layout.ranges)
+
+
+@given(layouts())
+def test_runs_are_maximal_and_cover_every_token_once_in_order(layout: Layout) -> None:
+    table = layout.runs.table
+    assert table is not None
+    spelled_out = [
+        (run.row, token, run.media_start, run.media_stop)
+        for run in table
+        for token in range(run.start, run.start + run.length)
+    ]
+    ranges = layout.ranges.tolist()
+    assert spelled_out == [
+        (row, token, *ranges[row][token]) for row in range(layout.batch) for token in range(layout.text)
+    ]
+    for run, after in zip(table, table[1:], strict=False):
+        assert run.row != after.row or run[3:] != after[3:]
+    assert layout.runs.media_stop == int(layout.ranges.max())
+
+
+@given(layouts())
+def test_dense_mask_spells_the_ranges_out(layout: Layout) -> None:
+    mask = dense_media_mask(layout.ranges, layout.media)
+    for row in range(layout.batch):
+        for token in range(layout.text):
+            start, stop = layout.ranges[row, token].tolist()
+            assert mask[row, token].nonzero().flatten().tolist() == list(range(start, stop))
+
+
+@given(layouts(), st.data())
+def test_every_mismatch_of_image_tokens_and_media_is_found(layout: Layout, data: st.DataObject) -> None:
+    row = data.draw(st.integers(0, layout.batch - 1))
+    found = int(layout.num_media[row])
+    given_media = data.draw(st.integers(0, found + 3))
+    assume(given_media != found)
+    num_media = layout.num_media.clone()
+    num_media[row] = given_media
+    with pytest.raises(ValueError, match=f"row {row} has {found} <image> tokens but {given_media} media"):
+        MediaRuns.from_ranges(layout.ranges, num_media=num_media)
+
+
+def test_a_batch_without_text_or_rows_has_no_runs() -> None:
+    assert MediaRuns.from_ranges(torch.zeros(2, 0, 2, dtype=torch.long)).table == ()
+    assert MediaRuns.from_ranges(torch.zeros(0, 3, 2, dtype=torch.long)).table == ()
+
+
+def test_the_rule_can_differ_by_document() -> None:
+    is_image = torch.tensor([[True, False, True, False]] * 2)
+    is_next = torch.tensor([[False], [True]])
+    ranges = torch.where(is_next[..., None], media_ranges(is_image, attend="next"), media_ranges(is_image))
+    assert ranges.tolist() == [[[0, 1], [0, 1], [1, 2], [1, 2]], [[0, 1], [1, 2], [1, 2], [0, 0]]]
+
+
+@pytest.mark.parametrize("bad", [(-1, 0), (2, 1)])
+def test_negative_or_backward_ranges_are_refused(bad: tuple[int, int]) -> None:
+    ranges = torch.tensor([[[0, 1], bad]])
+    with pytest.raises(ValueError, match="0 <= start <= stop, got .* at row 0, token 1"):
+        MediaRuns.from_ranges(ranges)
+
+
+@pytest.mark.unchecked
+def test_wrong_shapes_are_refused() -> None:
+    is_image = torch.ones(2, 3, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"document_ids must have the shape of media_locations, \(2, 3\), got \(3,\)"):
+        media_ranges(is_image, document_ids=torch.zeros(3, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"ranges must have shape \(batch, text, 2\), got \(2, 3\)"):
+        MediaRuns.from_ranges(torch.zeros(2, 3, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"num_media must have shape \(2,\), got \(3,\)"):
+        MediaRuns.from_ranges(media_ranges(is_image), num_media=torch.zeros(3, dtype=torch.long))
+
+
+@pytest.mark.unchecked
+def test_unknown_rule_is_named() -> None:
+    with pytest.raises(ValueError, match="attend must be one of 'last', 'all_previous', 'next', got 'previous'"):
+        media_ranges(torch.ones(1, 2, dtype=torch.bool), attend="previous")  # type: ignore[arg-type]
