@@ -80,8 +80,9 @@ class MediaScope:
 class _ThreadState(threading.local):
     """The scope of each thread. Copies and pickles start empty: a scope belongs to the call that opened it."""
 
-    scope: MediaScope | None = None
-    recomputes: bool = False
+    def __init__(self) -> None:  # runs once in each thread
+        self.scope: MediaScope | None = None
+        self.recomputes = False
 
     def __reduce__(self) -> tuple[type["_ThreadState"], tuple[()]]:
         return _ThreadState, ()
@@ -165,7 +166,7 @@ class LMLayerInjector(nn.Module):
         """Whether the blocks are in place."""
         return bool(self._handles)
 
-    def inject(self, layers: Sequence[nn.Module]) -> "LMLayerInjector":
+    def inject(self, layers: nn.ModuleList | Sequence[nn.Module]) -> "LMLayerInjector":
         """Put the blocks in place.
 
         Args:

@@ -140,7 +140,8 @@ def _check_shapes(queries: Tensor, media: KeyValues, runs: MediaRuns) -> None:
             f"runs must be built for (batch={batch}, text={text}), got {tuple(runs.ranges.shape[:2])}; "
             "build them from this batch's media_locations"
         )
-    if runs.table is not None and not torch.compiler.is_compiling() and runs.media_stop > media.keys.shape[1]:
+    # Under torch.compile the table must not even be looked at: the graph would be guarded by its values.
+    if not torch.compiler.is_compiling() and runs.media_stop > media.keys.shape[1]:
         raise ValueError(
             f"runs name {runs.media_stop} media in a row, but there are {media.keys.shape[1]}; "
             "there are more <image> tokens than media"

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import assume, given
@@ -60,7 +62,7 @@ def test_runs_are_maximal_and_cover_every_token_once_in_order(layout: Layout) ->
     assert spelled_out == [
         (row, token, *ranges[row][token]) for row in range(layout.batch) for token in range(layout.text)
     ]
-    for run, after in zip(table, table[1:], strict=False):
+    for run, after in pairwise(table):
         assert run.row != after.row or run[3:] != after[3:]
     assert layout.runs.media_stop == int(layout.ranges.max())
 
@@ -101,7 +103,7 @@ def test_the_rule_can_differ_by_document() -> None:
 @pytest.mark.parametrize("bad", [(-1, 0), (2, 1)])
 def test_negative_or_backward_ranges_are_refused(bad: tuple[int, int]) -> None:
     ranges = torch.tensor([[[0, 1], bad]])
-    with pytest.raises(ValueError, match="0 <= start <= stop, got .* at row 0, token 1"):
+    with pytest.raises(ValueError, match=r"0 <= start <= stop, got .* at row 0, token 1"):
         MediaRuns.from_ranges(ranges)
 
 

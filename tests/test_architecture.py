@@ -1,0 +1,120 @@
+"""What keeps the package small: who may import whom, what is public, and what an import costs."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import flamingo_blocks
+from flamingo_blocks import blocks
+
+PACKAGE = Path(flamingo_blocks.__file__).parent
+TORCH_ALONE = {"torch", "einops", "jaxtyping"}
+# Lowest layer first: a module imports only from layers before its own.
+LAYERS = [
+    "blocks.media_mask",
+    "blocks.feed_forward",
+    "blocks.attention",
+    "blocks.perceiver_resampler",
+    "blocks.gated_cross_attention",
+    "blocks.contrastive",
+    "blocks",
+    "injection",
+    "language",
+    "vision",
+    "",
+]
+MAY_ALSO_IMPORT = {"language": {"transformers"}, "vision": {"timm"}}
+
+
+def modules() -> dict[str, Path]:
+    paths = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
+    return {name.removesuffix("__init__").removesuffix("."): path for name, path in paths.items()}
+
+
+def imports(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            names.add(node.module or "")
+    return names
+
+
+def test_every_module_has_its_place() -> None:
+    assert sorted(modules()) == sorted(LAYERS)
+
+
+@pytest.mark.parametrize("module", LAYERS)
+def test_imports_point_only_to_lower_layers(module: str) -> None:
+    lower = LAYERS[: LAYERS.index(module)]
+    allowed = TORCH_ALONE | set(sys.stdlib_module_names) | MAY_ALSO_IMPORT.get(module, set())
+    for name in imports(modules()[module]):
+        if name.split(".")[0] == "flamingo_blocks":
+            assert name.removeprefix("flamingo_blocks.") in lower, f"{module} imports {name}"
+        else:
+            assert name.split(".")[0] in allowed, f"{module} imports {name}"
+
+
+def test_checked_modules_keep_their_annotations_at_run_time() -> None:
+    for name, path in modules().items():
+        assert "__future__" not in imports(path), f"{name}: jaxtyping would silently check nothing"
+
+
+def test_the_public_names_are_these() -> None:
+    assert sorted(flamingo_blocks.__all__) == [
+        "GatedCrossAttentionBlock",
+        "LMLayerInjector",
+        "MediaRuns",
+        "PerceiverResampler",
+        "VisionEncoder",
+        "media_index",
+        "media_ranges",
+    ]
+    assert sorted(blocks.__all__) == [
+        "Algorithm",
+        "Attend",
+        "ContrastiveLoss",
+        "FeedForward",
+        "GatedCrossAttentionBlock",
+        "KeyValues",
+        "MediaRun",
+        "MediaRuns",
+        "PerceiverLayer",
+        "PerceiverResampler",
+        "SquaredReLU",
+        "SwiGLU",
+        "TanhGate",
+        "attend_to_media",
+        "choose_algorithm",
+        "dense_media_mask",
+        "media_index",
+        "media_ranges",
+    ]
+
+
+def test_every_public_name_can_be_had_and_no_other() -> None:
+    assert sorted(flamingo_blocks._MODULES) == sorted(flamingo_blocks.__all__)
+    for name in flamingo_blocks.__all__:
+        assert getattr(flamingo_blocks, name).__name__ == name
+        assert name in dir(flamingo_blocks)
+    with pytest.raises(AttributeError, match="has no attribute 'Flamingo'"):
+        flamingo_blocks.Flamingo  # noqa: B018
+
+
+def test_the_package_is_marked_as_typed() -> None:
+    assert (PACKAGE / "py.typed").exists()
+
+
+@pytest.mark.parametrize(
+    "statement", ["import flamingo_blocks", "import flamingo_blocks.blocks, flamingo_blocks.injection"]
+)
+def test_blocks_need_torch_alone(statement: str) -> None:
+    code = f"import torch, sys; before = set(sys.modules); {statement}; print(*(set(sys.modules) - before))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = {name.split(".")[0] for name in result.stdout.split()} - set(sys.stdlib_module_names)
+    assert loaded <= {"flamingo_blocks", *TORCH_ALONE, "numpy", "typing_extensions", "wadler_lindig"}, "beyond torch"

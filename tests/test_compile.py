@@ -1,0 +1,101 @@
+"""torch.compile: one graph, and no recompilation when media move. The run-time shape checks would break both."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounter
+
+from flamingo_blocks import (
+    GatedCrossAttentionBlock,
+    LMLayerInjector,
+    MediaRuns,
+    PerceiverResampler,
+    media_ranges,
+)
+from tests.tiny_language_models import VOCAB, WIDTH, make_lm
+
+pytestmark = pytest.mark.unchecked
+MEDIA_DIM, LATENTS, TEXT = 12, 3, 8
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def media_locations(*positions: int) -> Tensor:
+    is_image = torch.zeros(2, TEXT, dtype=torch.bool)
+    is_image[:, list(positions)] = True
+    return is_image
+
+
+def make_block() -> GatedCrossAttentionBlock:
+    return GatedCrossAttentionBlock(dim=WIDTH, media_dim=MEDIA_DIM, heads=4, gate_init=1.0)
+
+
+def test_a_block_compiles_to_one_graph_that_serves_every_layout() -> None:
+    block, compiler = make_block(), CompileCounter()
+
+    @torch.compile(backend=compiler, fullgraph=True)
+    def run(hidden_states: Tensor, media: Tensor, is_image: Tensor) -> Tensor:
+        return block(hidden_states, media, MediaRuns.from_ranges(media_ranges(is_image)))  # type: ignore[no-any-return]
+
+    hidden_states, media = torch.randn(2, TEXT, WIDTH), torch.randn(2, 3, LATENTS, MEDIA_DIM)
+    for positions in ((0, 3), (5,), (1, 2, 7), ()):
+        is_image = media_locations(*positions)
+        expected = block(hidden_states, media, MediaRuns.from_ranges(media_ranges(is_image)))
+        torch.testing.assert_close(run(hidden_states, media, is_image), expected)
+    assert compiler.frame_count == 1
+
+
+def test_runs_built_beforehand_do_not_recompile_when_media_move() -> None:
+    block, compiler = make_block(), CompileCounter()
+    run = torch.compile(block, backend=compiler, fullgraph=True)
+    hidden_states, media = torch.randn(2, TEXT, WIDTH), torch.randn(2, 3, LATENTS, MEDIA_DIM)
+    for positions in ((0, 3), (5,), (1, 2, 7)):
+        runs = MediaRuns.from_ranges(media_ranges(media_locations(*positions)))
+        torch.testing.assert_close(run(hidden_states, media, runs), block(hidden_states, media, runs))
+    assert compiler.frame_count == 1
+
+
+def test_the_resampler_compiles_to_one_graph() -> None:
+    resampler, compiler = PerceiverResampler(dim=16, heads=2, depth=2, max_frames=2), CompileCounter()
+    run = torch.compile(resampler, backend=compiler, fullgraph=True)
+    features = torch.randn(1, 2, 3, 4, 16)
+    for num_frames in ([[1, 3]], [[2, 0]]):
+        arguments = features, torch.tensor(num_frames)
+        torch.testing.assert_close(run(*arguments), resampler(*arguments))
+    assert compiler.frame_count == 1
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3"])
+@pytest.mark.parametrize("scope_is_compiled", [False, True])
+def test_an_injected_lm_compiles_to_one_graph(name: str, scope_is_compiled: bool) -> None:
+    lm, compiler = make_lm(name), CompileCounter()
+    injector = LMLayerInjector({0: make_block(), 2: make_block()}).inject(lm.base_model.get_submodule(_layers(name)))
+
+    def forward(input_ids: Tensor, media: Tensor, is_image: Tensor) -> Tensor:
+        with injector.scope(media, MediaRuns.from_ranges(media_ranges(is_image))):
+            return lm(input_ids, use_cache=False).logits  # type: ignore[no-any-return]
+
+    compiled_lm = torch.compile(lm, backend=compiler, fullgraph=True)
+
+    def forward_around(input_ids: Tensor, media: Tensor, is_image: Tensor) -> Tensor:
+        with injector.scope(media, MediaRuns.from_ranges(media_ranges(is_image))):
+            return compiled_lm(input_ids, use_cache=False).logits  # type: ignore[no-any-return]
+
+    run = torch.compile(forward, backend=compiler, fullgraph=True) if scope_is_compiled else forward_around
+    input_ids, media = torch.randint(3, VOCAB, (2, TEXT)), torch.randn(2, 3, LATENTS, MEDIA_DIM)
+    with torch.no_grad():
+        for positions in ((0, 3), (5,), (1, 2, 7)):
+            is_image = media_locations(*positions)
+            torch.testing.assert_close(run(input_ids, media, is_image), forward(input_ids, media, is_image))
+    assert compiler.frame_count == 1
+
+
+def _layers(name: str) -> str:
+    return "h" if name == "gpt2" else "layers"
