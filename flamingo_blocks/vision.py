@@ -177,7 +177,7 @@ def find_layout(backbone: nn.Module, input_size: tuple[int, int, int]) -> TokenL
     shape = tuple(features.shape) if isinstance(features, Tensor) else None
     layout = None
     if shape is not None and len(shape) == 4:
-        layout = _map_layout(shape, getattr(skeleton, "output_fmt", None), _intermediate_shape(skeleton, images))
+        layout = _map_layout(shape, skeleton, _intermediate_shape(skeleton, images))
     elif shape is not None and len(shape) == 3:
         declared = getattr(skeleton, "num_prefix_tokens", None)
         layout = _sequence_layout(shape, declared, _intermediate_shape(skeleton, images))
@@ -189,24 +189,25 @@ def find_layout(backbone: nn.Module, input_size: tuple[int, int, int]) -> TokenL
     return layout
 
 
-def _map_layout(shape: tuple[int, ...], output_fmt: object, intermediate: tuple[int, ...] | None) -> TokenLayout | None:
-    """Tell NCHW from NHWC: by what the model declares, else by its last intermediate map, which is always NCHW."""
-    n, *sizes = shape
-    axes = str(getattr(output_fmt, "value", output_fmt))
+def _map_layout(shape: tuple[int, ...], skeleton: Any, intermediate: tuple[int, ...] | None) -> TokenLayout | None:
+    """Tell NCHW from NHWC: by what the model declares, else by its last intermediate map, else by its width."""
+    _, first, second, third = shape
+    declared = getattr(skeleton, "output_fmt", None)
+    axes = str(getattr(declared, "value", declared))
     if axes not in ("NCHW", "NHWC"):
-        if intermediate is None:
+        if intermediate is not None:
+            # It is always NCHW. Layers after it may change the width, but neither the grid nor its place.
+            grid = intermediate[2:]
+            is_nchw, is_nhwc = (second, third) == grid, (first, second) == grid
+        else:
+            width = getattr(skeleton, "num_features", None)
+            is_nchw, is_nhwc = first == width, third == width
+        if is_nchw == is_nhwc:
             return None
-        # The final layers after the last intermediate may change the width, but neither the grid nor its place.
-        grid = list(intermediate[2:])
-        fits = {"NCHW": sizes[1:] == grid, "NHWC": sizes[:2] == grid}
-        if fits["NCHW"] == fits["NHWC"]:
-            fits = {"NCHW": shape == intermediate, "NHWC": (n, sizes[2], *sizes[:2]) == intermediate}
-        if fits["NCHW"] == fits["NHWC"]:
-            return None
-        axes = "NCHW" if fits["NCHW"] else "NHWC"
+        axes = "NCHW" if is_nchw else "NHWC"
     if axes == "NCHW":
-        return TokenLayout("NCHW", 0, (sizes[1], sizes[2]), sizes[0])
-    return TokenLayout("NHWC", 0, (sizes[0], sizes[1]), sizes[2])
+        return TokenLayout("NCHW", 0, (second, third), first)
+    return TokenLayout("NHWC", 0, (first, second), third)
 
 
 def _sequence_layout(

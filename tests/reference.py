@@ -85,7 +85,7 @@ def resample_medium(resampler: PerceiverResampler, features: Tensor) -> Tensor:
     for layer in resampler.layers:
         q_input, x_input = layer.norm_latents(latents), layer.norm_features(x)  # type: ignore[operator]
         context = torch.cat([x_input, q_input])
-        queries = layer.to_q(q_input).unflatten(-1, (layer.heads, -1))  # type: ignore[operator, arg-type]
+        queries = layer.to_q(q_input).unflatten(-1, (layer.heads, -1))  # type: ignore[operator]
         keys, values = layer.to_kv(context).chunk(2, dim=-1)  # type: ignore[operator]
         keys, values = keys.unflatten(-1, (layer.heads, -1)), values.unflatten(-1, (layer.heads, -1))
         queries, keys = layer.q_norm(queries), layer.k_norm(keys)  # type: ignore[operator]
@@ -107,7 +107,7 @@ def contrastive_loss(images: Tensor, texts: Tensor, positives: Tensor, scale: fl
             scores = torch.stack([scale * F.cosine_similarity(a[i], b[j], dim=0) for j in range(len(b))])
             log_probabilities = scores - scores.exp().sum().log()
             own = [log_probabilities[j] for j in range(len(b)) if positives[i, j]]
-            target = (1 - label_smoothing) * sum(own) / len(own)  # type: ignore[operator]
+            target = (1 - label_smoothing) * sum(own) / len(own)
             losses.append(-(target + label_smoothing * log_probabilities.mean()))
         return torch.stack(losses).mean()
 

@@ -1,6 +1,7 @@
 """torch.compile: one graph, and no recompilation when media move. The run-time shape checks would break both."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -42,7 +43,7 @@ def test_a_block_compiles_to_one_graph_that_serves_every_layout() -> None:
 
     @torch.compile(backend=compiler, fullgraph=True)
     def run(hidden_states: Tensor, media: Tensor, is_image: Tensor) -> Tensor:
-        return block(hidden_states, media, MediaRuns.from_ranges(media_ranges(is_image)))  # type: ignore[no-any-return]
+        return block(hidden_states, media, MediaRuns.from_ranges(media_ranges(is_image)))
 
     hidden_states, media = torch.randn(2, TEXT, WIDTH), torch.randn(2, 3, LATENTS, MEDIA_DIM)
     for positions in ((0, 3), (5,), (1, 2, 7), ()):
@@ -80,13 +81,13 @@ def test_an_injected_lm_compiles_to_one_graph(name: str, scope_is_compiled: bool
 
     def forward(input_ids: Tensor, media: Tensor, is_image: Tensor) -> Tensor:
         with injector.scope(media, MediaRuns.from_ranges(media_ranges(is_image))):
-            return lm(input_ids, use_cache=False).logits  # type: ignore[no-any-return]
+            return lm(input_ids, use_cache=False).logits
 
-    compiled_lm = torch.compile(lm, backend=compiler, fullgraph=True)
+    compiled_lm: Any = torch.compile(lm, backend=compiler, fullgraph=True)
 
     def forward_around(input_ids: Tensor, media: Tensor, is_image: Tensor) -> Tensor:
         with injector.scope(media, MediaRuns.from_ranges(media_ranges(is_image))):
-            return compiled_lm(input_ids, use_cache=False).logits  # type: ignore[no-any-return]
+            return compiled_lm(input_ids, use_cache=False).logits
 
     run = torch.compile(forward, backend=compiler, fullgraph=True) if scope_is_compiled else forward_around
     input_ids, media = torch.randint(3, VOCAB, (2, TEXT)), torch.randn(2, 3, LATENTS, MEDIA_DIM)

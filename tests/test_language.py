@@ -46,9 +46,7 @@ def test_a_path_to_something_else_is_refused_and_lists_what_there_is(path: str) 
 
 
 def test_an_encoder_decoder_is_refused() -> None:
-    lm = T5ForConditionalGeneration(
-        T5Config(vocab_size=99, d_model=16, d_kv=4, d_ff=16, num_layers=2, num_heads=2, decoder_start_token_id=0)
-    )
+    lm = T5ForConditionalGeneration(T5Config(vocab_size=99, d_model=16, d_kv=4, d_ff=16, num_layers=2, num_heads=2))
     with pytest.raises(ValueError, match="T5ForConditionalGeneration is an encoder-decoder"):
         find_decoder_layers(lm)
 

@@ -18,8 +18,8 @@ from transformers import (
 
 VOCAB, WIDTH, DEPTH = 99, 32, 3
 
-_shape = {"hidden_size": WIDTH, "num_hidden_layers": DEPTH, "num_attention_heads": 4}
-_tokens = {"vocab_size": VOCAB, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+_shape: dict[str, Any] = {"hidden_size": WIDTH, "num_hidden_layers": DEPTH, "num_attention_heads": 4}
+_tokens: dict[str, Any] = {"vocab_size": VOCAB, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 
 CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "llama": lambda: LlamaConfig(**_tokens, **_shape, intermediate_size=48),
@@ -44,4 +44,5 @@ PATHS = {
 
 def make_lm(name: str, *, dtype: torch.dtype = torch.float32) -> Any:
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(CONFIGS[name](), dtype=dtype).eval()
+    auto_model: Any = AutoModelForCausalLM
+    return auto_model.from_config(CONFIGS[name](), dtype=dtype).eval()

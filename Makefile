@@ -1,0 +1,67 @@
+# One environment, .venv, made the first time it is needed and again when pyproject.toml changes.
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+# Tried in this order; name another one with: make demo PYTHON=/path/to/python
+PYTHON := python3 python3.11 python3.12 python3.13 python3.14 python
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-long test-lowest mutants check format docs docs-serve clean
+
+help: ## Show this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+demo: $(READY) ## Train a tiny Flamingo on handwritten digits; writes runs/train_tiny
+	@$(BIN)/python examples/train_tiny.py --out runs/train_tiny
+
+test: $(READY) ## Run the tests, then those that must run without run-time shape checks
+	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -o addopts="" -m unchecked tests
+
+test-long: $(READY) ## Run the tests with 2,000 examples a law instead of 50
+	@HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest tests
+
+test-lowest: ## Run the tests with the oldest supported versions, in an environment of its own
+	@$(MAKE) --no-print-directory test VENV=.venv-lowest CONSTRAINTS="-c tests/lowest.txt"
+
+mutants: $(READY) ## Show that each law can fail: put a bug in, see its test fail; writes tests/README.md
+	@$(BIN)/python tests/mutants.py
+
+check: $(READY) ## Check format, lint and types
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+format: $(READY) ## Format the code and fix what can be fixed
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+docs: $(READY) ## Build the documentation site into site/
+	@$(BIN)/mkdocs build --strict
+
+docs-serve: $(READY) ## Serve the documentation site while you edit it
+	@$(BIN)/mkdocs serve
+
+clean: ## Remove what the other targets made, the environments too
+	rm -rf .venv .venv-lowest .hypothesis .mypy_cache .pytest_cache .ruff_cache dist runs site
+
+# The environment's own pip is not needed, so that neither Debian's python3-venv is.
+$(READY): pyproject.toml
+	@for python in $(PYTHON); do \
+		version=$$($$python -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null) || continue; \
+		found="$$found $$python ($$version)"; \
+		$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' && usable=$$python && break; \
+	done; \
+	if [ -z "$$usable" ]; then \
+		echo "flamingo-blocks needs Python 3.11 or newer; found:$${found:- none}." >&2; \
+		echo "Install one, or name it: make PYTHON=/path/to/python3.11" >&2; \
+		exit 1; \
+	fi; \
+	if ! $$usable -m pip --version >/dev/null 2>&1; then \
+		echo "$$usable has no pip: install it (Debian: apt install python3-pip), or name another Python with PYTHON=." >&2; \
+		exit 1; \
+	fi; \
+	echo "Setting up $(VENV) with $$usable: once, a few minutes, about 6 GB (most of it torch)."; \
+	$$usable -m venv --without-pip $(VENV) && \
+	$$usable -m pip --python $(BIN)/python install --disable-pip-version-check $(CONSTRAINTS) -e '.[dev]'
+	@touch $@

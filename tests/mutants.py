@@ -1,0 +1,472 @@
+"""Show that the laws can fail: put one deliberate bug at a time into a copy of the project, and see its test fail.
+
+    make mutants
+
+It takes a few minutes, says which bugs were caught, and writes the list to tests/README.md.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A bug: `old` becomes `new` in `path`, and `test` must fail. `bug` tells it in words."""
+
+    law: str
+    bug: str
+    path: str
+    old: str
+    new: str
+    test: str
+    unchecked: bool = False
+
+
+MASK = "flamingo_blocks/blocks/media_mask.py"
+ATTENTION = "flamingo_blocks/blocks/attention.py"
+BLOCK = "flamingo_blocks/blocks/gated_cross_attention.py"
+RESAMPLER = "flamingo_blocks/blocks/perceiver_resampler.py"
+CONTRASTIVE = "flamingo_blocks/blocks/contrastive.py"
+INJECTION = "flamingo_blocks/injection.py"
+LANGUAGE = "flamingo_blocks/language.py"
+VISION = "flamingo_blocks/vision.py"
+
+MUTANTS = [
+    Mutant(
+        "`last`, `all_previous` and `next` are as defined",
+        "`next` gives an `<image>` token the medium after its own",
+        MASK,
+        "torch.where(media_locations, stop - 1, stop)",
+        "stop",
+        "tests/blocks/test_media_mask.py::test_ranges_follow_their_definition",
+    ),
+    Mutant(
+        "an `<image>` token sees its own medium",
+        "a token sees the media strictly before it",
+        MASK,
+        "return media_locations.cumsum(-1)",
+        "return media_locations.cumsum(-1) - media_locations.long()",
+        "tests/blocks/test_media_mask.py::test_an_image_token_sees_its_own_medium",
+    ),
+    Mutant(
+        "packed equals unpacked (ranges)",
+        "`next` looks into the following document",
+        MASK,
+        "(start + 1).minimum(last)",
+        "(start + 1).minimum(last.amax(1, keepdim=True))",
+        "tests/blocks/test_media_mask.py::test_packed_documents_see_what_they_see_alone",
+    ),
+    Mutant(
+        "padding changes nothing (ranges)",
+        "`next` lets text after the last medium see one that is not there",
+        MASK,
+        "ranges.masked_fill((start >= stop)[..., None], 0)",
+        "ranges + (start >= stop)[..., None] * ranges.shape[1]",
+        "tests/blocks/test_media_mask.py::test_padding_tokens_change_no_range",
+    ),
+    Mutant(
+        "runs cover every token once and are maximal",
+        "neighbours that share only a start are one run",
+        MASK,
+        "(ranges[:, 1:] != ranges[:, :-1]).any(-1)",
+        "(ranges[:, 1:] != ranges[:, :-1]).all(-1)",
+        "tests/blocks/test_media_mask.py::test_runs_are_maximal_and_cover_every_token_once_in_order",
+    ),
+    Mutant(
+        "`<image>` tokens and media agree in number",
+        "fewer `<image>` tokens than media pass",
+        MASK,
+        "if found != expected:",
+        "if found > expected:",
+        "tests/blocks/test_media_mask.py::test_every_mismatch_of_image_tokens_and_media_is_found",
+    ),
+    Mutant(
+        "loop over runs = dense = oracle",
+        "dense attention repeats the mask medium by medium instead of latent by latent",
+        ATTENTION,
+        ".repeat_interleave(latents, dim=-1)",
+        ".repeat(1, 1, latents)",
+        "tests/blocks/test_attention.py::test_every_algorithm_equals_the_loop_oracle_gradients_included",
+    ),
+    Mutant(
+        "loop over runs = dense = oracle",
+        "the loop leaves out all media of a range but the first",
+        ATTENTION,
+        "return media[0] if len(media) == 1 else torch.cat(media)",
+        "return media[0]",
+        "tests/blocks/test_attention.py::test_every_algorithm_equals_the_loop_oracle_gradients_included",
+    ),
+    Mutant(
+        "rows of a batch are independent",
+        "the loop takes every row's media from the first row",
+        ATTENTION,
+        "slice(run.row * num_media + run.media_start, run.row * num_media + run.media_stop)",
+        "slice(run.media_start, run.media_stop)",
+        "tests/blocks/test_attention.py::test_rows_of_a_batch_are_independent",
+    ),
+    Mutant(
+        "a token depends on no medium outside its range (attention)",
+        "the mask lets a token see every medium up to its range's end",
+        MASK,
+        "(ranges[..., :1] <= index) & (index < ranges[..., 1:])",
+        "index < ranges[..., 1:]",
+        "tests/blocks/test_attention.py::test_a_token_depends_on_no_medium_outside_its_range",
+    ),
+    Mutant(
+        "an empty range gives exactly zero attention",
+        "a token that sees nothing averages all media, as in two public implementations",
+        ATTENTION,
+        "return torch.where(sees_something[..., None], output, 0)",
+        "return output",
+        "tests/blocks/test_attention.py::test_an_empty_range_gives_exactly_zero_and_finite_gradients",
+    ),
+    Mutant(
+        "permuting a medium's latents changes nothing",
+        "attention is causal over the latents",
+        ATTENTION,
+        "attn_mask=mask,",
+        "attn_mask=mask, is_causal=mask is None,",
+        "tests/blocks/test_attention.py::test_permuting_the_latents_of_a_medium_changes_nothing",
+    ),
+    Mutant(
+        "the order of media matters only through the ranges",
+        "keys carry the number of their medium",
+        ATTENTION,
+        "media.keys.flatten(0, 1).unbind()",
+        "(media.keys + torch.arange(num_media)[:, None, None, None]).flatten(0, 1).unbind()",
+        "tests/blocks/test_attention.py::test_the_order_of_media_matters_only_through_the_ranges",
+    ),
+    Mutant(
+        "the block is the paper's two lines",
+        "the feed-forward gate stands before the feed-forward",
+        BLOCK,
+        "return hidden_states + self.gate_feed_forward(update).to(hidden_states.dtype)",
+        "return hidden_states + self.feed_forward(self.gate_feed_forward(update)).to(hidden_states.dtype)",
+        "tests/blocks/test_gated_cross_attention.py::test_block_equals_the_papers_two_lines_gradients_included",
+    ),
+    Mutant(
+        "gate zero is the identity (block)",
+        "a sigmoid for a tanh",
+        BLOCK,
+        "self.alpha.tanh() * x",
+        "self.alpha.sigmoid() * x",
+        "tests/blocks/test_gated_cross_attention.py::test_gate_zero_is_identity",
+    ),
+    Mutant(
+        "gate zero is the identity (mixed dtypes)",
+        "a float32 block turns a bfloat16 residual stream into float32",
+        BLOCK,
+        "self.gate(self.to_out(attention)).to(hidden_states.dtype)",
+        "self.gate(self.to_out(attention))",
+        "tests/blocks/test_gated_cross_attention.py::test_gate_zero_is_identity",
+    ),
+    Mutant(
+        "a token depends on no medium outside its range (block)",
+        "the mean of all media is added to the queries",
+        BLOCK,
+        "attention = attend_to_media(self.q_norm(queries), media, runs).flatten(2)",
+        "attention = attend_to_media(self.q_norm(queries) + media.keys.mean(), media, runs).flatten(2)",
+        "tests/blocks/test_gated_cross_attention.py::test_a_token_depends_on_no_medium_outside_its_range",
+    ),
+    Mutant(
+        "padding of text and media changes nothing (block)",
+        "attention is scaled by the length of the row",
+        BLOCK,
+        "media, runs).flatten(2)",
+        "media, runs).flatten(2) / hidden_states.shape[1]",
+        "tests/blocks/test_gated_cross_attention.py::test_padding_of_text_and_media_changes_nothing",
+    ),
+    Mutant(
+        "packed equals unpacked (block)",
+        "`last` goes back into the document before",
+        MASK,
+        "start = (stop - 1).maximum(first)",
+        "start = (stop - 1).clamp(min=0)",
+        "tests/blocks/test_gated_cross_attention.py::test_packed_equals_unpacked",
+    ),
+    Mutant(
+        "each medium is resampled as if it were alone",
+        "keys and values leave out the latents",
+        RESAMPLER,
+        "context = torch.cat([features, latents], dim=1)",
+        "context = torch.cat([features, features[:, : latents.shape[1]]], dim=1)",
+        "tests/blocks/test_perceiver_resampler.py::test_each_medium_is_resampled_as_if_it_were_alone_and_unpadded",
+    ),
+    Mutant(
+        "padding frames change nothing",
+        "temporal embeddings are interpolated to the padded length",
+        RESAMPLER,
+        "        if num_frames is None:\n            num_frames = torch.full",
+        "        if True:\n            num_frames = torch.full",
+        "tests/blocks/test_perceiver_resampler.py::test_each_medium_is_resampled_as_if_it_were_alone_and_unpadded",
+    ),
+    Mutant(
+        "padding frames change nothing, whatever they hold",
+        "padding is masked, but not zeroed: NaN times zero is NaN",
+        RESAMPLER,
+        "features = features.where(is_real[..., None, None], 0)",
+        "pass",
+        "tests/blocks/test_perceiver_resampler.py::test_what_padding_frames_hold_changes_nothing",
+    ),
+    Mutant(
+        "the output's shape depends on neither frames nor patches",
+        "the features are returned too",
+        RESAMPLER,
+        "return self.norm(latents).unflatten",
+        "return self.norm(torch.cat([latents, features], 1)).unflatten",
+        "tests/blocks/test_perceiver_resampler.py::test_the_output_shape_depends_on_neither_frames_nor_patches",
+    ),
+    Mutant(
+        "frame order matters",
+        "no temporal embeddings",
+        RESAMPLER,
+        "features = features + self._temporal_embeddings(frames, num_frames)",
+        "pass",
+        "tests/blocks/test_perceiver_resampler.py::test_frame_order_matters_and_patch_order_does_not",
+    ),
+    Mutant(
+        "patch order does not matter",
+        "a spatial position",
+        RESAMPLER,
+        "features = features + self._temporal_embeddings(frames, num_frames)",
+        "features = features + self._temporal_embeddings(frames, num_frames) + torch.arange(patches)[:, None]",
+        "tests/blocks/test_perceiver_resampler.py::test_frame_order_matters_and_patch_order_does_not",
+    ),
+    Mutant(
+        "interpolated embeddings at max_frames are the learned ones",
+        "positions stretch over max_frames intervals, not max_frames - 1",
+        RESAMPLER,
+        "torch.where(is_long, index * last, index)",
+        "torch.where(is_long, index * self.max_frames, index)",
+        "tests/blocks/test_perceiver_resampler.py"
+        "::test_temporal_embeddings_are_learned_up_to_max_frames_then_interpolated",
+    ),
+    Mutant(
+        "the contrastive loss has two terms and several positives",
+        "positives are not averaged",
+        CONTRASTIVE,
+        "target = positives / positives.sum(-1, keepdim=True)",
+        "target = positives",
+        "tests/blocks/test_contrastive.py::test_loss_equals_the_pairwise_loop_with_several_positives",
+    ),
+    Mutant(
+        "gate zero is the base LM, bit for bit",
+        "the hook returns hidden states that are rounded",
+        INJECTION,
+        "return block(hidden_states, media, scope.runs)",
+        "return block(hidden_states.bfloat16().to(hidden_states.dtype), media, scope.runs)",
+        "tests/test_injection.py::test_gate_zero_is_the_base_lm_bit_for_bit",
+    ),
+    Mutant(
+        "gate zero leaves gradients as they are",
+        "blocks run without gradient",
+        INJECTION,
+        "return block(hidden_states, media, scope.runs)",
+        "return block(hidden_states.detach(), media, scope.runs)",
+        "tests/test_injection.py::test_gate_zero_leaves_the_gradients_to_the_inputs_bit_for_bit",
+    ),
+    Mutant(
+        "no token depends on a later medium, through the whole model",
+        "`last` sees one medium ahead",
+        MASK,
+        "        start = (stop - 1).maximum(first)\n",
+        "        stop = (stop + 1).minimum(last)\n        start = (stop - 1).maximum(first)\n",
+        "tests/test_injection.py::test_no_token_depends_on_a_later_medium",
+    ),
+    Mutant(
+        "inject, then eject, restores the LM",
+        "eject forgets to remove the hooks",
+        INJECTION,
+        "            handle.remove()\n",
+        "            pass\n",
+        "tests/test_injection.py::test_inject_then_eject_restores_the_lm",
+    ),
+    Mutant(
+        "copies are whole and separate",
+        "the hook is a closure",
+        INJECTION,
+        "register_forward_pre_hook(hook, with_kwargs=True)",
+        "register_forward_pre_hook(lambda *a, hook=hook: hook(*a), with_kwargs=True)",
+        "tests/test_injection.py::test_copies_are_whole_and_separate",
+    ),
+    Mutant(
+        "scopes nest",
+        "leaving an inner scope ends the outer one",
+        INJECTION,
+        "self._state.scope, self._state.recomputes = self._outer.pop()",
+        "self._state.scope, self._state.recomputes = None, False",
+        "tests/test_injection.py::test_scopes_nest_and_exceptions_end_them",
+    ),
+    Mutant(
+        "two threads do not mix",
+        "the scope is shared by all threads",
+        INJECTION,
+        "class _ThreadState(threading.local):",
+        "class _ThreadState:",
+        "tests/test_injection.py::test_two_threads_do_not_see_each_others_media",
+    ),
+    Mutant(
+        "checkpointing gives equal gradients",
+        "a recomputed block reads the scope of the moment",
+        INJECTION,
+        "return checkpoint(block, hidden_states, media, scope.runs, use_reentrant=False)",
+        "return checkpoint(lambda h: block(h, self._state.scope.media, scope.runs), hidden_states, use_reentrant=False)",  # noqa: E501
+        "tests/test_injection.py::test_checkpointing_by_transformers_gives_equal_gradients",
+    ),
+    Mutant(
+        "checkpointing around the hooks gives equal gradients with the context",
+        "the context carries the scope of recomputation, not of the forward",
+        INJECTION,
+        "_Entered(self._state, self._state.scope, recomputes=True)",
+        "_Entered(self._state, None, recomputes=True)",
+        "tests/test_injection.py::test_checkpointing_around_the_hooks_gives_equal_gradients_with_the_context",
+    ),
+    Mutant(
+        "recomputing without the context is an error, not a wrong gradient",
+        "nobody looks whether backward is running",
+        INJECTION,
+        "torch._C._current_graph_task_id() != -1",
+        "False",
+        "tests/test_injection.py::test_recomputing_without_the_context_is_an_error_not_a_wrong_gradient",
+    ),
+    Mutant(
+        "every n-th layer counts from the first",
+        "blocks stand before layers n - 1, 2n - 1, ...",
+        INJECTION,
+        "range(0, num_layers, every)",
+        "range(every - 1, num_layers, every)",
+        "tests/test_injection.py::test_the_papers_intervals_give_the_papers_counts",
+    ),
+    Mutant(
+        "the decoder is found beside a vision tower of the same depth",
+        "the whole model is searched at once",
+        LANGUAGE,
+        'roots = [model.get_decoder() if hasattr(lm, "get_decoder") else None, getattr(lm, "base_model", None), lm]',
+        "roots = [model]",
+        "tests/test_language.py"
+        "::test_the_text_decoder_of_a_vision_language_model_is_found_beside_a_vision_tower_of_the_same_depth",
+    ),
+    Mutant(
+        "a change in the image is largest in the token at its place",
+        "rows and columns of a feature map are swapped",
+        VISION,
+        "return features.flatten(2).transpose(1, 2)",
+        "return features.transpose(2, 3).flatten(2).transpose(1, 2)",
+        "tests/test_vision.py::test_a_change_in_the_image_is_largest_in_the_token_at_its_place",
+    ),
+    Mutant(
+        "a change in the image is largest in the token at its place",
+        "the class token is taken for a patch, the last patch dropped",
+        VISION,
+        "return features[:, self.prefix_tokens :]",
+        "return features[:, : features.shape[1] - self.prefix_tokens]",
+        "tests/test_vision.py::test_a_change_in_the_image_is_largest_in_the_token_at_its_place",
+    ),
+    Mutant(
+        "the backbone is frozen for good",
+        "`train()` reaches the backbone, whose statistics move",
+        VISION,
+        "        super().train(mode)\n        self.backbone.eval()\n",
+        "        super().train(mode)\n",
+        "tests/test_vision.py::test_frozen_for_good",
+    ),
+    Mutant(
+        "a compiled block serves every layout",
+        "the run table is looked at under torch.compile",
+        ATTENTION,
+        "if not torch.compiler.is_compiling() and runs.media_stop",
+        "if runs.table is not None and runs.media_stop",
+        "tests/test_compile.py::test_runs_built_beforehand_do_not_recompile_when_media_move",
+        unchecked=True,
+    ),
+    Mutant(
+        "blocks need torch alone",
+        "a block imports transformers",
+        BLOCK,
+        "from einops import rearrange\n",
+        "import transformers\nfrom einops import rearrange\n",
+        "tests/test_architecture.py::test_imports_point_only_to_lower_layers",
+    ),
+    Mutant(
+        "shapes are checked at run time in tests",
+        "the jaxtyping hook is off",
+        "pyproject.toml",
+        "--jaxtyping-packages=flamingo_blocks,beartype.beartype ",
+        "",
+        "tests/blocks/test_gated_cross_attention.py::test_shapes_are_checked_at_run_time_in_tests",
+    ),
+]
+
+README = """\
+# Tests
+
+They mirror the package. `strategies.py` says what hypothesis draws, `reference.py` holds the slow versions that the
+library is compared with, `tiny_language_models.py` the language models.
+
+`make test` runs pytest twice: with run-time checks of all annotated shapes, then, without them, the tests with the marker
+`unchecked`: torch.compile, and our own errors about shapes. `make test-long` draws 2,000 examples a law.
+
+## Each law can fail
+
+`make mutants` puts one deliberate bug at a time into a copy of the project and sees the test fail. It writes this
+table; all {count} bugs were caught.
+
+| law | deliberate bug | caught by |
+|---|---|---|
+"""
+
+
+def fails(mutant: Mutant | None, tests: list[str], *, unchecked: bool) -> tuple[bool, str]:
+    """Run tests in a copy of the project that has the bug, if any."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        for name in ("flamingo_blocks", "tests"):
+            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "pyproject.toml", copy)
+        if mutant is not None:
+            path = copy / mutant.path
+            path.write_text(path.read_text().replace(mutant.old, mutant.new))
+        options = ["-o", "addopts=", "-m", "unchecked"] if unchecked else []
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *options, *tests]
+        environment = {**os.environ, "PYTHONPATH": folder, "HYPOTHESIS_PROFILE": "ci", "OMP_NUM_THREADS": "1"}
+        result = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)
+    if result.returncode not in (0, 1):
+        raise SystemExit(f"pytest could not run {' '.join(tests)}:\n{result.stdout}{result.stderr}")
+    return result.returncode == 1, result.stdout
+
+
+def main() -> None:
+    """Check that the tests pass, then that each bug makes its own fail."""
+    for mutant in MUTANTS:
+        if (count := (ROOT / mutant.path).read_text().count(mutant.old)) != 1:
+            raise SystemExit(f"{mutant.path} must hold once, but does {count} times: {mutant.old}")
+    for unchecked in (False, True):
+        tests = sorted({mutant.test for mutant in MUTANTS if mutant.unchecked == unchecked})
+        failed, printed = fails(None, tests, unchecked=unchecked)
+        if failed:
+            raise SystemExit(f"the tests must pass before bugs are put in:\n{printed}")
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        results = pool.map(lambda mutant: fails(mutant, [mutant.test], unchecked=mutant.unchecked)[0], MUTANTS)
+        caught = list(tqdm(results, total=len(MUTANTS), desc="mutants"))
+    survivors = [mutant for mutant, was_caught in zip(MUTANTS, caught, strict=True) if not was_caught]
+    for mutant in survivors:
+        print(f"NOT CAUGHT: {mutant.bug} ({mutant.test})")
+    if survivors:
+        raise SystemExit(1)
+    rows = "".join(f"| {mutant.law} | {mutant.bug} | `{mutant.test}` |\n" for mutant in MUTANTS)
+    (ROOT / "tests" / "README.md").write_text(README.format(count=len(MUTANTS)) + rows)
+    print(f"All {len(MUTANTS)} caught.")
+
+
+if __name__ == "__main__":
+    main()
