@@ -140,10 +140,10 @@ MUTANTS = [
     ),
     Mutant(
         "the order of media matters only through the ranges",
-        "keys carry the number of their medium",
+        "values carry the number of their medium",
         ATTENTION,
-        "media.keys.flatten(0, 1).unbind()",
-        "(media.keys + torch.arange(num_media)[:, None, None, None]).flatten(0, 1).unbind()",
+        "media.values.flatten(0, 1).unbind()",
+        "(media.values + torch.arange(num_media)[:, None, None, None]).flatten(0, 1).unbind()",
         "tests/blocks/test_attention.py::test_the_order_of_media_matters_only_through_the_ranges",
     ),
     Mutant(
@@ -239,7 +239,7 @@ MUTANTS = [
         "a spatial position",
         RESAMPLER,
         "features = features + self._temporal_embeddings(frames, num_frames)",
-        "features = features + self._temporal_embeddings(frames, num_frames) + torch.arange(patches)[:, None]",
+        "features = features + self._temporal_embeddings(frames, num_frames) + torch.eye(patches, self.dim)",
         "tests/blocks/test_perceiver_resampler.py::test_frame_order_matters_and_patch_order_does_not",
     ),
     Mutant(
@@ -349,10 +349,10 @@ MUTANTS = [
     ),
     Mutant(
         "the decoder is found beside a vision tower of the same depth",
-        "the whole model is searched at once",
+        "the depth is read from the config of the whole, not of the text decoder",
         LANGUAGE,
-        'roots = [model.get_decoder() if hasattr(lm, "get_decoder") else None, getattr(lm, "base_model", None), lm]',
-        "roots = [model]",
+        "return config.get_text_config(decoder=True)",
+        "return config",
         "tests/test_language.py"
         "::test_the_text_decoder_of_a_vision_language_model_is_found_beside_a_vision_tower_of_the_same_depth",
     ),
@@ -413,8 +413,8 @@ README = """\
 They mirror the package. `strategies.py` says what hypothesis draws, `reference.py` holds the slow versions that the
 library is compared with, `tiny_language_models.py` the language models.
 
-`make test` runs pytest twice: with run-time checks of all annotated shapes, then, without them, the tests with the marker
-`unchecked`: torch.compile, and our own errors about shapes. `make test-long` draws 2,000 examples a law.
+`make test` runs pytest twice: with run-time checks of all annotated shapes, then, without them, the tests with the
+marker `unchecked`: torch.compile, and our own errors about shapes. `make test-long` draws 2,000 examples a law.
 
 ## Each law can fail
 
