@@ -5,11 +5,12 @@ Nothing here knows any model library; a decoder layer is a module that is called
 """
 
 import inspect
+import sys
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -78,30 +79,43 @@ class MediaScope:
 
 
 class _ThreadState(threading.local):
-    """The scope of each thread. Copies and pickles start empty: a scope belongs to the call that opened it."""
+    """The open scopes of each thread. Copies and pickles start empty: a scope belongs to the call that opened it."""
 
     def __init__(self) -> None:  # runs once in each thread
-        self.scope: MediaScope | None = None
-        self.recomputes = False
+        self.open: list[_Entry] = []
 
     def __reduce__(self) -> tuple[type["_ThreadState"], tuple[()]]:
         return _ThreadState, ()
 
 
-class _Entered(AbstractContextManager[None]):
-    """Set the calling thread's scope for a `with` block. It can be entered again, as a second backward does."""
+class _Entry(NamedTuple):
+    """An open scope; valid in backward if it was opened there, for a recomputation."""
 
-    def __init__(self, state: _ThreadState, scope: MediaScope | None, *, recomputes: bool = False) -> None:
+    scope: MediaScope | None
+    in_backward: bool
+
+
+class _Opened(AbstractContextManager[None]):
+    """Open a scope for a `with` block. It can be entered again, as a second backward does, and by several threads."""
+
+    def __init__(self, state: _ThreadState, scope: MediaScope | None) -> None:
         self._state = state
-        self._inner = scope, recomputes
-        self._outer: list[tuple[MediaScope | None, bool]] = []
+        self._scope = scope
 
     def __enter__(self) -> None:
-        self._outer.append((self._state.scope, self._state.recomputes))
-        self._state.scope, self._state.recomputes = self._inner
+        self._state.open.append(_Entry(self._scope, _is_in_backward()))
 
     def __exit__(self, *_: object) -> None:
-        self._state.scope, self._state.recomputes = self._outer.pop()
+        if not self._state.open or self._state.open.pop().scope is not self._scope:
+            self._state.open.clear()
+            raise RuntimeError(
+                "media scopes of one thread must end in the reverse order of their begin, but another one was open; "
+                "a scope must not be held over an await or a yield, where other code runs inside it"
+            )
+
+
+def _is_in_backward() -> bool:
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 class LMLayerInjector(nn.Module):
@@ -163,11 +177,14 @@ class LMLayerInjector(nn.Module):
 
     @property
     def is_injected(self) -> bool:
-        """Whether the blocks are in place."""
-        return bool(self._handles)
+        """Whether the blocks are in place. A copy of the injector without its language model is in place nowhere."""
+        hooks = (handle.hooks_dict_ref() for handle in self._handles)
+        return any(hooks_of_layer is not None for hooks_of_layer in hooks)
 
     def inject(self, layers: nn.ModuleList | Sequence[nn.Module]) -> "LMLayerInjector":
         """Put the blocks in place.
+
+        What torch.compile has compiled so far is dropped, here and in `eject`: it does not notice new hooks by itself.
 
         Args:
             layers: All decoder layers of the language model, e.g. `lm.model.layers`, or what
@@ -198,6 +215,7 @@ class LMLayerInjector(nn.Module):
         self._handles = [
             layers[index].register_forward_pre_hook(hook, with_kwargs=True) for index, hook in hooks.items()
         ]
+        _forget_compiled_code()
         return self
 
     def eject(self) -> None:
@@ -211,6 +229,7 @@ class LMLayerInjector(nn.Module):
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        _forget_compiled_code()
 
     def project_media(self, media: Float[Tensor, "batch media latents media_dim"]) -> dict[int, KeyValues]:
         """Project media for all blocks at once, for a `scope` that is entered again and again.
@@ -231,13 +250,22 @@ class LMLayerInjector(nn.Module):
     ) -> AbstractContextManager[None]:
         """Let the language model's calls in this thread see media, until the end of the `with` block.
 
-        Scopes nest; the inner one counts. Threads do not see each other's scopes.
+        Scopes nest; the inner one counts. Threads do not see each other's scopes. Within a thread, a scope must not be
+        held over an `await` or a `yield`: it would be open for whatever runs meanwhile.
 
         Args:
             media: The media's latents, or what `project_media` made of them.
             runs: What each token sees.
+
+        Raises:
+            ValueError: If `media` are projected, but not for every block.
+            RuntimeError: At the end, if scopes were not closed in the reverse order of their opening.
         """
-        return _Entered(self._state, MediaScope(media, runs))
+        if not isinstance(media, Tensor):
+            missing = [index for index in self.layer_indices if index not in media]
+            if missing:
+                raise ValueError(f"media must be projected for every block by project_media, not so for {missing}")
+        return _Opened(self._state, MediaScope(media, runs))
 
     def checkpoint_context(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """Carry the scope into recomputation, for those who checkpoint decoder layers, hooks included, by themselves.
@@ -248,15 +276,16 @@ class LMLayerInjector(nn.Module):
         checkpoints layers without their hooks and does not need it; 5.17 does.) A recomputation that lacks it is an
         error, never a wrong gradient.
         """
-        return nullcontext(), _Entered(self._state, self._state.scope, recomputes=True)
+        return nullcontext(), _Opened(self._state, self._state.open[-1].scope if self._state.open else None)
 
     def _run_block(self, index: int, hidden_states: Tensor) -> Tensor:
-        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1 and not self._state.recomputes:
+        entry = self._state.open[-1] if self._state.open else _Entry(None, False)
+        if _is_in_backward() and not entry.in_backward:
             raise RuntimeError(
                 "a decoder layer is being recomputed in backward, where its media scope has ended; pass "
                 "context_fn=injector.checkpoint_context and use_reentrant=False to its checkpoint"
             )
-        scope = self._state.scope
+        scope = entry.scope
         if scope is None:
             return hidden_states
         block = self.blocks[str(index)]
@@ -280,14 +309,20 @@ class _BlockHook:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if self.name in kwargs:
             return args, {**kwargs, self.name: self.injector._run_block(self.index, kwargs[self.name])}
+        if len(args) <= self.position:
+            raise ValueError(f"decoder layer {self.index} must be called with {self.name}, got no such argument")
         hidden_states = self.injector._run_block(self.index, args[self.position])
         return (*args[: self.position], hidden_states, *args[self.position + 1 :]), kwargs
 
 
 def _hidden_states_argument(layer: nn.Module) -> tuple[int, str]:
     """Find the position and name of the argument that holds the hidden states: by name, else the first one."""
-    names = list(inspect.signature(layer.forward).parameters)
-    if not names:
-        raise ValueError(f"{type(layer).__name__}.forward takes no arguments; a decoder layer takes hidden states")
+    parameters = inspect.signature(layer.forward).parameters.values()
+    names = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)] or ["hidden_states"]
     name = "hidden_states" if "hidden_states" in names else names[0]
     return names.index(name), name
+
+
+def _forget_compiled_code() -> None:
+    if "torch._dynamo" in sys.modules:  # else nothing was compiled, and importing it is slow
+        torch.compiler.reset()

@@ -172,15 +172,16 @@ def find_layout(backbone: nn.Module, input_size: tuple[int, int, int]) -> TokenL
     try:
         with torch.no_grad():
             features = skeleton.forward_features(images)
+        intermediate = _intermediate_shape(skeleton, images)
     except Exception as error:
         raise ValueError(f"{name} does not take images of size {input_size}: {error}") from error
     shape = tuple(features.shape) if isinstance(features, Tensor) else None
     layout = None
     if shape is not None and len(shape) == 4:
-        layout = _map_layout(shape, skeleton, _intermediate_shape(skeleton, images))
+        layout = _map_layout(shape, skeleton, intermediate)
     elif shape is not None and len(shape) == 3:
         declared = getattr(skeleton, "num_prefix_tokens", None)
-        layout = _sequence_layout(shape, declared, _intermediate_shape(skeleton, images))
+        layout = _sequence_layout(shape, declared, intermediate)
     if layout is None:
         raise ValueError(
             f"{name}.forward_features does not return a grid of tokens that can be told from its shape, "
@@ -259,3 +260,5 @@ def _create_for_size(create: Callable[..., nn.Module], image_size: int | tuple[i
     except TypeError:
         # Convolutional models take no such argument, and any size.
         return create()
+    except AssertionError as error:
+        raise ValueError(f"timm cannot build this model for images of size {image_size}: {error}") from error

@@ -301,10 +301,10 @@ MUTANTS = [
     ),
     Mutant(
         "scopes nest",
-        "leaving an inner scope ends the outer one",
+        "an inner scope takes the place of the outer one",
         INJECTION,
-        "self._state.scope, self._state.recomputes = self._outer.pop()",
-        "self._state.scope, self._state.recomputes = None, False",
+        "self._state.open.append(_Entry(self._scope, _is_in_backward()))",
+        "self._state.open[:] = [_Entry(self._scope, _is_in_backward())]",
         "tests/test_injection.py::test_scopes_nest_and_exceptions_end_them",
     ),
     Mutant(
@@ -320,24 +320,32 @@ MUTANTS = [
         "a recomputed block reads the scope of the moment",
         INJECTION,
         "return checkpoint(block, hidden_states, media, scope.runs, use_reentrant=False)",
-        "return checkpoint(lambda h: block(h, self._state.scope.media, scope.runs), hidden_states, use_reentrant=False)",  # noqa: E501
+        "return checkpoint(lambda h: block(h, self._state.open[0][0].media, scope.runs), hidden_states, use_reentrant=False)",  # noqa: E501
         "tests/test_injection.py::test_checkpointing_by_transformers_gives_equal_gradients",
     ),
     Mutant(
         "checkpointing around the hooks gives equal gradients with the context",
-        "the context carries the scope of recomputation, not of the forward",
+        "the context carries no scope",
         INJECTION,
-        "_Entered(self._state, self._state.scope, recomputes=True)",
-        "_Entered(self._state, None, recomputes=True)",
+        "_Opened(self._state, self._state.open[-1].scope if self._state.open else None)",
+        "_Opened(self._state, None)",
         "tests/test_injection.py::test_checkpointing_around_the_hooks_gives_equal_gradients_with_the_context",
     ),
     Mutant(
         "recomputing without the context is an error, not a wrong gradient",
         "nobody looks whether backward is running",
         INJECTION,
-        "torch._C._current_graph_task_id() != -1",
-        "False",
+        "if _is_in_backward() and not entry.in_backward:",
+        "if False:",
         "tests/test_injection.py::test_recomputing_without_the_context_is_an_error_not_a_wrong_gradient",
+    ),
+    Mutant(
+        "no scope is left open",
+        "scopes may end in any order",
+        INJECTION,
+        "self._state.open.pop().scope is not self._scope",
+        "not self._state.open.pop()",
+        "tests/test_injection.py::test_a_scope_that_is_held_over_a_yield_is_an_error_and_leaves_nothing_open",
     ),
     Mutant(
         "every n-th layer counts from the first",
@@ -387,6 +395,15 @@ MUTANTS = [
         "if not torch.compiler.is_compiling() and runs.media_stop",
         "if runs.table is not None and runs.media_stop",
         "tests/test_compile.py::test_runs_built_beforehand_do_not_recompile_when_media_move",
+        unchecked=True,
+    ),
+    Mutant(
+        "injection reaches compiled code",
+        "compiled code is kept",
+        INJECTION,
+        "torch.compiler.reset()",
+        "pass",
+        "tests/test_compile.py::test_injection_and_ejection_reach_an_lm_that_is_compiled_already",
         unchecked=True,
     ),
     Mutant(

@@ -98,5 +98,22 @@ def test_an_injected_lm_compiles_to_one_graph(name: str, scope_is_compiled: bool
     assert compiler.frame_count == 1
 
 
+def test_injection_and_ejection_reach_an_lm_that_is_compiled_already() -> None:
+    lm = make_lm("llama")
+    compiled: Any = torch.compile(lm, backend="eager")
+    input_ids, media = torch.randint(3, VOCAB, (2, TEXT)), torch.randn(2, 2, LATENTS, MEDIA_DIM)
+    runs = MediaRuns.from_ranges(media_ranges(media_locations(0, 3)))
+    with torch.no_grad():
+        base = compiled(input_ids, use_cache=False).logits
+        for _ in range(2):
+            injector = LMLayerInjector({0: make_block()}).inject(lm.model.layers)
+            with injector.scope(media, runs):
+                expected = lm(input_ids, use_cache=False).logits
+                torch.testing.assert_close(compiled(input_ids, use_cache=False).logits, expected)
+            assert not torch.allclose(expected, base)
+            injector.eject()
+            torch.testing.assert_close(compiled(input_ids, use_cache=False).logits, base)
+
+
 def _layers(name: str) -> str:
     return "h" if name == "gpt2" else "layers"

@@ -1,7 +1,7 @@
 import copy
 import io
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -209,6 +209,15 @@ def test_copies_are_whole_and_separate(name: str, how: str) -> None:
         assert not torch.equal(lm(input_ids=inputs.input_ids).logits, expected)
 
 
+def test_a_copy_of_the_injector_alone_is_in_place_nowhere() -> None:
+    lm = make_lm("llama")
+    injector = inject(lm, 0)
+    alone = copy.deepcopy(injector)
+    assert not alone.is_injected
+    assert injector.is_injected
+    alone.inject(make_lm("llama").model.layers)
+
+
 def test_hidden_states_may_come_by_position_or_by_keyword() -> None:
     class Layer(nn.Module):
         def forward(self, mask: None, hidden_states: Tensor) -> Tensor:
@@ -249,6 +258,48 @@ def test_scopes_nest_and_exceptions_end_them() -> None:
             lm(outer.input_ids[:, :4])
         assert torch.equal(lm(outer.input_ids).logits, with_outer)
     assert torch.equal(lm(outer.input_ids).logits, base)
+
+
+def test_a_scope_that_is_held_over_a_yield_is_an_error_and_leaves_nothing_open() -> None:
+    lm, first, second = make_lm("llama"), Inputs.make(0), Inputs.make(1)
+    injector = inject(lm, gate=1.0)
+    base = lm(first.input_ids).logits
+
+    def stream(inputs: Inputs) -> Iterator[None]:
+        with injector.scope(inputs.media, inputs.runs):
+            yield
+
+    streams = stream(first), stream(second)
+    for one in streams:
+        next(one)
+    with pytest.raises(RuntimeError, match=r"must end in the reverse order .* not be held over an await or a yield"):
+        next(streams[0], None)
+    assert torch.equal(lm(first.input_ids).logits, base)
+    with pytest.raises(RuntimeError, match="must end in the reverse order"):
+        next(streams[1], None)
+
+
+def test_one_scope_may_be_entered_again_and_by_several_threads() -> None:
+    lm, outer, inner = make_lm("llama"), Inputs.make(0), Inputs.make(1)
+    injector = inject(lm, gate=1.0)
+    scope = injector.scope(inner.media, inner.runs)
+    barrier = threading.Barrier(2)
+
+    def enter_and_wait() -> None:
+        with scope:
+            barrier.wait()
+            barrier.wait()
+
+    with injector.scope(outer.media, outer.runs):
+        expected = lm(outer.input_ids).logits
+        thread = threading.Thread(target=enter_and_wait)
+        thread.start()
+        barrier.wait()
+        with scope, scope:
+            pass
+        assert torch.equal(lm(outer.input_ids).logits, expected)
+        barrier.wait()
+        thread.join()
 
 
 def test_two_threads_do_not_see_each_others_media() -> None:
@@ -367,6 +418,22 @@ def test_recomputing_without_the_context_is_an_error_not_a_wrong_gradient(nested
         train_step(lm, injector, nested=nested)
 
 
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_scope_that_is_opened_inside_a_checkpoint_is_opened_again_in_backward(use_reentrant: bool) -> None:
+    lm, inputs = make_lm("llama").train(), Inputs.make()
+    injector = inject(lm, gate=0.5)
+
+    def loss(media: Tensor) -> Tensor:
+        with injector.scope(media, inputs.runs):
+            return lm(inputs.input_ids, use_cache=False).logits.square().sum()
+
+    media = inputs.media.requires_grad_()
+    (expected,) = torch.autograd.grad(loss(media), media)
+    checkpoint(loss, media, use_reentrant=use_reentrant).backward()
+    assert media.grad is not None
+    torch.testing.assert_close(media.grad, expected)
+
+
 def test_backward_twice_through_a_checkpoint() -> None:
     lm, inputs = make_lm("llama").train(), Inputs.make()
     injector = inject(lm, gate=0.5)
@@ -443,6 +510,28 @@ def test_a_layer_shared_between_places_is_refused() -> None:
     layers = nn.ModuleList([nn.Linear(WIDTH, WIDTH)] * 2)
     with pytest.raises(ValueError, match="decoder layer 0 stands in the list more than once"):
         make_injector(0).inject(layers)
+
+
+def test_media_projected_for_some_blocks_only_are_refused() -> None:
+    injector, inputs = make_injector(0, 1), Inputs.make()
+    projected = injector.project_media(inputs.media)
+    del projected[1]
+    with pytest.raises(ValueError, match=r"media must be projected for every block by project_media, not so for \[1\]"):
+        injector.scope(projected, inputs.runs)
+
+
+def test_a_layer_called_without_hidden_states_is_an_error() -> None:
+    class Wrapper(nn.Module):
+        def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
+            return (*args, *kwargs.values())[0]
+
+    layers = nn.ModuleList([Wrapper()])
+    injector, inputs = make_injector(0, gate=1.0).inject(layers), Inputs.make()
+    hidden_states = torch.randn(2, 9, WIDTH)
+    with injector.scope(inputs.media, inputs.runs):
+        assert torch.equal(layers[0](hidden_states), layers[0](hidden_states=hidden_states))
+        with pytest.raises(ValueError, match="decoder layer 0 must be called with hidden_states, got no such argument"):
+            layers[0](x=hidden_states)
 
 
 @pytest.mark.unchecked

@@ -147,6 +147,11 @@ def test_bad_input_is_refused() -> None:
         VisionEncoder(BACKBONES["eva02"](), image_size=64)
 
 
+def test_a_size_that_timm_cannot_build_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"timm cannot build this model for images of size \(224, 288\)"):
+        VisionEncoder.from_timm("mvitv2_tiny", image_size=(224, 288))
+
+
 @pytest.mark.unchecked
 def test_a_wrong_rank_is_refused() -> None:
     with pytest.raises(ValueError, match=r"images must have shape .* got \(3, 160, 160\)"):

@@ -41,13 +41,14 @@ def attend_to_media(
 
     Args:
         queries: One vector a token and head.
-        media: Keys and values; each kv head serves heads / kv_heads neighbouring heads.
+        media: Keys and values, finite, those of padding media too; each kv head serves heads / kv_heads neighbouring
+            heads.
         runs: What each token sees.
         algorithm: `"loop"` or `"dense"`, to force one (see `choose_algorithm`). All are exact.
 
     Raises:
-        ValueError: If shapes do not fit, if `runs` names a medium that is not there, or if `"loop"` is forced on runs
-            that were built under `torch.compile` and so have no table.
+        ValueError: If shapes do not fit, if `runs` names a medium that is not there (not checked under
+            `torch.compile`), or if `"loop"` is forced on runs that were built there and so have no table.
     """
     _check_shapes(queries, media, runs)
     if algorithm is None:

@@ -23,15 +23,15 @@ class ContrastiveLoss(nn.Module):
         label_smoothing: Share of the target that is spread evenly over all candidates (0.1 in Flamingo).
 
     Raises:
-        ValueError: If `temperature` is not positive.
+        ValueError: If `temperature` is below 1 / `max_scale`.
 
     Source: Radford et al. 2021, section 2.3. Differs from CLIP: a row may have several positives.
     """
 
     def __init__(self, *, temperature: float = 0.07, max_scale: float = 100.0, label_smoothing: float = 0.0) -> None:
         super().__init__()
-        if temperature <= 0:
-            raise ValueError(f"temperature must be positive, got {temperature}")
+        if temperature < 1 / max_scale:
+            raise ValueError(f"temperature must be at least 1 / max_scale = {1 / max_scale}, got {temperature}")
         self.max_scale = max_scale
         self.label_smoothing = label_smoothing
         # Never 0-dimensional: FSDP2 cannot shard scalars.
@@ -52,13 +52,15 @@ class ContrastiveLoss(nn.Module):
                 i-th image matches the i-th text.
 
         Raises:
-            ValueError: If shapes do not fit, or an image or a text has no positive.
+            ValueError: If shapes do not fit, the batch is empty, or an image or a text has no positive.
         """
         if image_embeddings.ndim != 2 or text_embeddings.shape[1:] != image_embeddings.shape[1:]:
             raise ValueError(
                 "image_embeddings and text_embeddings must have shapes (images, dim) and (texts, dim), "
                 f"got {tuple(image_embeddings.shape)} and {tuple(text_embeddings.shape)}"
             )
+        if not len(image_embeddings) or not len(text_embeddings):
+            raise ValueError("image_embeddings and text_embeddings must not be empty")
         shape = (len(image_embeddings), len(text_embeddings))
         if positives is None:
             if shape[0] != shape[1]:
@@ -68,8 +70,12 @@ class ContrastiveLoss(nn.Module):
             raise ValueError(f"positives must have shape (images, texts) = {shape}, got {tuple(positives.shape)}")
         if not torch.compiler.is_compiling() and not (positives.any(0).all() and positives.any(1).all()):
             raise ValueError("every image and every text must have a positive; drop those that have none")
-        scale = self.log_scale.exp().clamp(max=self.max_scale)
-        logits = scale * F.normalize(image_embeddings, dim=-1) @ F.normalize(text_embeddings, dim=-1).T
+        # Beyond the bound the gradient still passes, so that the temperature can come back.
+        excess = (self.log_scale - math.log(self.max_scale)).clamp(min=0).detach()
+        scale = (self.log_scale - excess).exp()
+        images = F.normalize(image_embeddings.to(scale.dtype), dim=-1)
+        texts = F.normalize(text_embeddings.to(scale.dtype), dim=-1)
+        logits = scale * images @ texts.T
         image_to_text, text_to_image = (
             self._cross_entropy(logits, positives),
             self._cross_entropy(logits.T, positives.T),

@@ -178,14 +178,16 @@ class MediaRuns:
     @cached_property
     def media_stop(self) -> int:
         """One after the last medium that any token sees: the fewest media a batch must have."""
-        return max((run.media_stop for run in self.table or ()), default=0)
+        if self.table is None:
+            return int(self.ranges[..., 1].max()) if self.ranges.numel() else 0
+        return max((run.media_stop for run in self.table), default=0)
 
 
 def _collect_runs(ranges: Int[Tensor, "batch text 2"]) -> tuple[MediaRun, ...]:
     batch, text, _ = ranges.shape
     if batch == 0 or text == 0:
         return ()
-    begins = torch.ones(batch, text, dtype=torch.bool)
+    begins = torch.ones(batch, text, dtype=torch.bool, device=ranges.device)
     begins[:, 1:] = (ranges[:, 1:] != ranges[:, :-1]).any(-1)
     first = begins.flatten().nonzero().squeeze(-1)
     length = torch.diff(first, append=first.new_tensor([batch * text]))

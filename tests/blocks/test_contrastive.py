@@ -42,6 +42,14 @@ def test_temperature_is_learned_and_bounded() -> None:
     torch.nn.init.constant_(loss.log_scale, 50.0)
     at_bound = ContrastiveLoss(temperature=1 / 100)
     torch.testing.assert_close(loss(images, texts), at_bound(images, texts))
+    (gradient,) = torch.autograd.grad(loss(images, texts), loss.log_scale)
+    assert gradient.abs() > 0, "beyond the bound the temperature could not come back"
+
+
+def test_half_precision_embeddings_meet_a_full_precision_temperature() -> None:
+    images, texts = torch.randn(3, 4).bfloat16(), torch.randn(3, 4).bfloat16()
+    loss = ContrastiveLoss()
+    torch.testing.assert_close(loss(images, texts), loss(images.float(), texts.float()))
 
 
 def test_uninformative_embeddings_cost_the_log_of_the_batch() -> None:
@@ -53,9 +61,11 @@ def test_bad_input_is_refused() -> None:
     loss, embeddings = ContrastiveLoss(), torch.randn(3, 4)
     with pytest.raises(ValueError, match="every image and every text must have a positive"):
         loss(embeddings, embeddings, torch.eye(3, dtype=torch.bool).index_fill(0, torch.tensor([1]), False))
+    with pytest.raises(ValueError, match="must not be empty"):
+        loss(embeddings[:0], embeddings[:0])
     with pytest.raises(ValueError, match="as many texts as images, got 2, 3"):
         loss(embeddings, embeddings[:2])
-    with pytest.raises(ValueError, match=r"temperature must be positive, got 0\.0"):
+    with pytest.raises(ValueError, match=r"temperature must be at least 1 / max_scale = 0\.01, got 0\.0"):
         ContrastiveLoss(temperature=0.0)
 
 

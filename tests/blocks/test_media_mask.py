@@ -93,6 +93,17 @@ def test_a_batch_without_text_or_rows_has_no_runs() -> None:
     assert MediaRuns.from_ranges(torch.zeros(0, 3, 2, dtype=torch.long)).table == ()
 
 
+def test_runs_without_a_table_know_how_many_media_they_name() -> None:
+    ranges = torch.tensor([[[0, 1], [1, 3]]])
+    assert MediaRuns(ranges, None).media_stop == MediaRuns.from_ranges(ranges).media_stop == 3
+
+
+def test_the_default_device_does_not_matter() -> None:
+    ranges = torch.tensor([[[0, 1], [1, 3]]])
+    with torch.device("meta"):
+        assert MediaRuns.from_ranges(ranges).table == ((0, 0, 1, 0, 1), (0, 1, 1, 1, 3))
+
+
 def test_the_rule_can_differ_by_document() -> None:
     is_image = torch.tensor([[True, False, True, False]] * 2)
     is_next = torch.tensor([[False], [True]])
