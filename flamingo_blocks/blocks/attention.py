@@ -64,7 +64,7 @@ def attend_to_media(
 def choose_algorithm(queries: Float[Tensor, "batch text heads head_dim"], runs: MediaRuns) -> Algorithm:
     """Name the algorithm that `attend_to_media` uses for these inputs.
 
-    - `"loop"`: one maskless attention per run. On CPU the fastest, whatever the layout.
+    - `"loop"`: one maskless attention per run, which computes nothing in vain. The choice on CPU.
     - `"dense"`: all tokens against all media under a mask. The reference; needs no run table, so it has static shapes
       for `torch.compile`, and one kernel on devices where a launch per run would cost more.
     """
