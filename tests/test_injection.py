@@ -388,6 +388,13 @@ def test_checkpointing_by_transformers_gives_equal_gradients(name: str, options:
         torch.testing.assert_close(result, expected)
 
 
+def test_checkpointing_of_a_whole_model_reaches_the_blocks() -> None:
+    lm = make_lm("llama")
+    lm.injector = inject(lm)
+    enable_checkpointing(lm, use_reentrant=False)
+    assert lm.injector.gradient_checkpointing
+
+
 @pytest.mark.parametrize("nested", [False, True])
 def test_checkpointing_around_the_hooks_gives_equal_gradients_with_the_context(nested: bool) -> None:
     lm = make_lm("llama").train()
