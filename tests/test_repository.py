@@ -1,5 +1,6 @@
 """What a newcomer relies on: the commands of the README, the maps in the docs."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -39,7 +40,9 @@ def fake_python(folder: Path, version: str, *, pip: bool = True) -> Path:
 
 def make(clone: Path, target: str, **variables: object) -> subprocess.CompletedProcess[str]:
     command = ["make", "-C", str(clone), target, *(f"{name}={value}" for name, value in variables.items())]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    # Run by make, the tests would hand its variables on.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.parametrize("target", ["demo", "test"])
