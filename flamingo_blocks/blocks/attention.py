@@ -11,7 +11,6 @@ from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
@@ -112,14 +111,15 @@ def _dense(
 
 
 def _attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> Tensor:
+    # The kernels want heads before tokens. Plain transposes: this runs once per run.
     output = F.scaled_dot_product_attention(
-        rearrange(queries, "batch text heads head_dim -> batch heads text head_dim"),
-        rearrange(keys, "batch latents heads head_dim -> batch heads latents head_dim"),
-        rearrange(values, "batch latents heads head_dim -> batch heads latents head_dim"),
+        queries.transpose(1, 2),
+        keys.transpose(1, 2),
+        values.transpose(1, 2),
         attn_mask=mask,
         enable_gqa=queries.shape[2] != keys.shape[2],
     )
-    return rearrange(output, "batch heads text head_dim -> batch text heads head_dim")
+    return output.transpose(1, 2)
 
 
 def _check_shapes(queries: Tensor, media: KeyValues, runs: MediaRuns) -> None:
