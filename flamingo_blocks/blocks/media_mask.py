@@ -103,7 +103,7 @@ def _document_media(
 def dense_media_mask(ranges: Int[Tensor, "batch text 2"], media: int) -> Bool[Tensor, "batch text media"]:
     """Spell ranges out as a mask: True where the token sees the medium.
 
-    Attention needs no such mask; it is here for reference implementations, for pictures and for other libraries.
+    Attention over runs needs no such mask; dense attention does, and so do pictures and other libraries.
 
     Args:
         ranges: As given by `media_ranges`.
