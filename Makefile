@@ -47,7 +47,8 @@ clean: ## Remove what the other targets made, the environments too
 
 # The environment's own pip is not needed, so that neither Debian's python3-venv is.
 $(READY): pyproject.toml
-	@for python in $(PYTHON); do \
+	@found=; usable=; \
+	for python in $(PYTHON); do \
 		version=$$($$python -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null) || continue; \
 		found="$$found $$python ($$version)"; \
 		$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' && usable=$$python && break; \
