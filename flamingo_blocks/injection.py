@@ -178,8 +178,7 @@ class LMLayerInjector(nn.Module):
     @property
     def is_injected(self) -> bool:
         """Whether the blocks are in place. A copy of the injector without its language model is in place nowhere."""
-        hooks = (handle.hooks_dict_ref() for handle in self._handles)
-        return any(hooks_of_layer is not None for hooks_of_layer in hooks)
+        return any(handle.id in (handle.hooks_dict_ref() or ()) for handle in self._handles)
 
     def inject(self, layers: nn.ModuleList | Sequence[nn.Module]) -> "LMLayerInjector":
         """Put the blocks in place.

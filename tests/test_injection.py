@@ -218,6 +218,14 @@ def test_a_copy_of_the_injector_alone_is_in_place_nowhere() -> None:
     alone.inject(make_lm("llama").model.layers)
 
 
+def test_hooks_that_someone_else_removed_are_not_in_place() -> None:
+    lm = make_lm("llama")
+    injector = inject(lm, 0)
+    lm.model.layers[0]._forward_pre_hooks.clear()
+    assert not injector.is_injected
+    injector.inject(lm.model.layers)
+
+
 def test_hidden_states_may_come_by_position_or_by_keyword() -> None:
     class Layer(nn.Module):
         def forward(self, mask: None, hidden_states: Tensor) -> Tensor:
