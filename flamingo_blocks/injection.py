@@ -6,11 +6,10 @@ Nothing here knows any model library; a decoder layer is a module that is called
 
 import inspect
 import sys
-import threading
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -20,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from flamingo_blocks.blocks.attention import KeyValues
 from flamingo_blocks.blocks.media_mask import MediaRuns
+from flamingo_blocks.scopes import Opened, Scopes, is_in_backward
 
 
 def select_layers(
@@ -78,46 +78,6 @@ class MediaScope:
     runs: MediaRuns
 
 
-class _ThreadState(threading.local):
-    """The open scopes of each thread. Copies and pickles start empty: a scope belongs to the call that opened it."""
-
-    def __init__(self) -> None:  # runs once in each thread
-        self.open: list[_Entry] = []
-
-    def __reduce__(self) -> tuple[type["_ThreadState"], tuple[()]]:
-        return _ThreadState, ()
-
-
-class _Entry(NamedTuple):
-    """An open scope; valid in backward if it was opened there, for a recomputation."""
-
-    scope: MediaScope | None
-    in_backward: bool
-
-
-class _Opened(AbstractContextManager[None]):
-    """Open a scope for a `with` block. It can be entered again, as a second backward does, and by several threads."""
-
-    def __init__(self, state: _ThreadState, scope: MediaScope | None) -> None:
-        self._state = state
-        self._scope = scope
-
-    def __enter__(self) -> None:
-        self._state.open.append(_Entry(self._scope, _is_in_backward()))
-
-    def __exit__(self, *_: object) -> None:
-        if not self._state.open or self._state.open.pop().scope is not self._scope:
-            self._state.open.clear()
-            raise RuntimeError(
-                "media scopes of one thread must end in the reverse order of their begin, but another one was open; "
-                "a scope must not be held over an await or a yield, where other code runs inside it"
-            )
-
-
-def _is_in_backward() -> bool:
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
-
 class LMLayerInjector(nn.Module):
     """Run a block on the hidden states that enter chosen decoder layers.
 
@@ -167,7 +127,7 @@ class LMLayerInjector(nn.Module):
             raise ValueError("blocks must hold at least one block, got none")
         self.blocks = nn.ModuleDict({str(index): blocks[index] for index in sorted(blocks)})
         self.gradient_checkpointing = False
-        self._state = _ThreadState()
+        self._scopes = Scopes()
         self._handles: list[RemovableHandle] = []
 
     @property
@@ -254,7 +214,8 @@ class LMLayerInjector(nn.Module):
 
         Args:
             media: The media's latents, or what `project_media` made of them.
-            runs: What each token sees.
+            runs: What each token sees. Neighbouring rows of text may share the media of one row, as the beams of a
+                search do, without a copy: for n rows each, build the runs of (batch, n * text) tokens.
 
         Raises:
             ValueError: If `media` are projected, but not for every block.
@@ -264,7 +225,7 @@ class LMLayerInjector(nn.Module):
             missing = [index for index in self.layer_indices if index not in media]
             if missing:
                 raise ValueError(f"media must be projected for every block by project_media, not so for {missing}")
-        return _Opened(self._state, MediaScope(media, runs))
+        return Opened(self._scopes, MediaScope(media, runs))
 
     def checkpoint_context(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """Carry the scope into recomputation, for those who checkpoint decoder layers, hooks included, by themselves.
@@ -275,23 +236,29 @@ class LMLayerInjector(nn.Module):
         checkpoints layers without their hooks and does not need it; 5.17 does.) A recomputation that lacks it is an
         error, never a wrong gradient.
         """
-        return nullcontext(), _Opened(self._state, self._state.open[-1].scope if self._state.open else None)
+        return nullcontext(), Opened(self._scopes, self._scopes.current.value)
 
     def _run_block(self, index: int, hidden_states: Tensor) -> Tensor:
-        entry = self._state.open[-1] if self._state.open else _Entry(None, False)
-        if _is_in_backward() and not entry.in_backward:
+        scope, opened_in_backward = self._scopes.current
+        if is_in_backward() and not opened_in_backward:
             raise RuntimeError(
                 "a decoder layer is being recomputed in backward, where its media scope has ended; pass "
                 "context_fn=injector.checkpoint_context and use_reentrant=False to its checkpoint"
             )
-        scope = entry.scope
         if scope is None:
             return hidden_states
         block = self.blocks[str(index)]
         media = scope.media if isinstance(scope.media, Tensor) else scope.media[index]
+        shape = hidden_states.shape
+        rows, text = scope.runs.ranges.shape[:2]
+        if shape[0] != rows and shape[0] * shape[1] == rows * text:
+            # Neighbouring rows share media: to attention, they are one longer text.
+            hidden_states = hidden_states.reshape(rows, text, *shape[2:])
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, hidden_states, media, scope.runs, use_reentrant=False)
-        return block(hidden_states, media, scope.runs)
+            hidden_states = checkpoint(block, hidden_states, media, scope.runs, use_reentrant=False)
+        else:
+            hidden_states = block(hidden_states, media, scope.runs)
+        return hidden_states.view(shape)
 
 
 class _BlockHook:

@@ -35,8 +35,10 @@ class Mutant:
 MASK = "flamingo_blocks/blocks/media_mask.py"
 ATTENTION = "flamingo_blocks/blocks/attention.py"
 BLOCK = "flamingo_blocks/blocks/gated_cross_attention.py"
+FEATURES = "flamingo_blocks/blocks/media_features.py"
 RESAMPLER = "flamingo_blocks/blocks/perceiver_resampler.py"
 CONTRASTIVE = "flamingo_blocks/blocks/contrastive.py"
+SCOPES = "flamingo_blocks/scopes.py"
 INJECTION = "flamingo_blocks/injection.py"
 LANGUAGE = "flamingo_blocks/language.py"
 VISION = "flamingo_blocks/vision.py"
@@ -205,7 +207,7 @@ MUTANTS = [
     Mutant(
         "padding frames change nothing",
         "temporal embeddings are interpolated to the padded length",
-        RESAMPLER,
+        FEATURES,
         "        if num_frames is None:\n            num_frames = torch.full",
         "        if True:\n            num_frames = torch.full",
         "tests/blocks/test_perceiver_resampler.py::test_each_medium_is_resampled_as_if_it_were_alone_and_unpadded",
@@ -213,7 +215,7 @@ MUTANTS = [
     Mutant(
         "padding frames change nothing, whatever they hold",
         "padding is masked, but not zeroed: NaN times zero is NaN",
-        RESAMPLER,
+        FEATURES,
         "features = features.where(is_real[..., None, None], 0)",
         "pass",
         "tests/blocks/test_perceiver_resampler.py::test_what_padding_frames_hold_changes_nothing",
@@ -229,23 +231,23 @@ MUTANTS = [
     Mutant(
         "frame order matters",
         "no temporal embeddings",
-        RESAMPLER,
-        "features = features + self._temporal_embeddings(frames, num_frames)",
-        "pass",
+        FEATURES,
+        "return features + self._embed(frames, num_frames), is_real",
+        "return features, is_real",
         "tests/blocks/test_perceiver_resampler.py::test_frame_order_matters_and_patch_order_does_not",
     ),
     Mutant(
         "patch order does not matter",
         "a spatial position",
-        RESAMPLER,
-        "features = features + self._temporal_embeddings(frames, num_frames)",
-        "features = features + self._temporal_embeddings(frames, num_frames) + torch.eye(patches, self.dim)",
+        FEATURES,
+        "return features + self._embed(frames, num_frames), is_real",
+        "return features + self._embed(frames, num_frames) + torch.eye(features.shape[3], self.dim), is_real",
         "tests/blocks/test_perceiver_resampler.py::test_frame_order_matters_and_patch_order_does_not",
     ),
     Mutant(
         "interpolated embeddings at max_frames are the learned ones",
         "positions stretch over max_frames intervals, not max_frames - 1",
-        RESAMPLER,
+        FEATURES,
         "torch.where(is_long, index * last, index)",
         "torch.where(is_long, index * self.max_frames, index)",
         "tests/blocks/test_perceiver_resampler.py"
@@ -302,49 +304,49 @@ MUTANTS = [
     Mutant(
         "scopes nest",
         "an inner scope takes the place of the outer one",
-        INJECTION,
-        "self._state.open.append(_Entry(self._scope, _is_in_backward()))",
-        "self._state.open[:] = [_Entry(self._scope, _is_in_backward())]",
+        SCOPES,
+        "self._scopes.entries.append(Entry(self._value, is_in_backward()))",
+        "self._scopes.entries[:] = [Entry(self._value, is_in_backward())]",
         "tests/test_injection.py::test_scopes_nest_and_exceptions_end_them",
     ),
     Mutant(
         "two threads do not mix",
         "the scope is shared by all threads",
-        INJECTION,
-        "class _ThreadState(threading.local):",
-        "class _ThreadState:",
+        SCOPES,
+        "class Scopes(threading.local):",
+        "class Scopes:",
         "tests/test_injection.py::test_two_threads_do_not_see_each_others_media",
     ),
     Mutant(
         "checkpointing gives equal gradients",
         "a recomputed block reads the scope of the moment",
         INJECTION,
-        "return checkpoint(block, hidden_states, media, scope.runs, use_reentrant=False)",
-        "return checkpoint(lambda h: block(h, self._state.open[0][0].media, scope.runs), hidden_states, use_reentrant=False)",  # noqa: E501
+        "checkpoint(block, hidden_states, media, scope.runs, use_reentrant=False)",
+        "checkpoint(lambda h: block(h, self._scopes.entries[0][0].media, scope.runs), hidden_states, use_reentrant=False)",
         "tests/test_injection.py::test_checkpointing_by_transformers_gives_equal_gradients",
     ),
     Mutant(
         "checkpointing around the hooks gives equal gradients with the context",
         "the context carries no scope",
         INJECTION,
-        "_Opened(self._state, self._state.open[-1].scope if self._state.open else None)",
-        "_Opened(self._state, None)",
+        "Opened(self._scopes, self._scopes.current.value)",
+        "Opened(self._scopes, None)",
         "tests/test_injection.py::test_checkpointing_around_the_hooks_gives_equal_gradients_with_the_context",
     ),
     Mutant(
         "recomputing without the context is an error, not a wrong gradient",
         "nobody looks whether backward is running",
         INJECTION,
-        "if _is_in_backward() and not entry.in_backward:",
+        "if is_in_backward() and not opened_in_backward:",
         "if False:",
         "tests/test_injection.py::test_recomputing_without_the_context_is_an_error_not_a_wrong_gradient",
     ),
     Mutant(
         "no scope is left open",
         "scopes may end in any order",
-        INJECTION,
-        "self._state.open.pop().scope is not self._scope",
-        "not self._state.open.pop()",
+        SCOPES,
+        "self._scopes.entries.pop().value is not self._value",
+        "not self._scopes.entries.pop()",
         "tests/test_injection.py::test_a_scope_that_is_held_over_a_yield_is_an_error_and_leaves_nothing_open",
     ),
     Mutant(

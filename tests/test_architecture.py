@@ -17,16 +17,34 @@ LAYERS = [
     "blocks.media_mask",
     "blocks.feed_forward",
     "blocks.attention",
+    "blocks.media_features",
     "blocks.perceiver_resampler",
+    "blocks.resampler_baselines",
     "blocks.gated_cross_attention",
     "blocks.contrastive",
     "blocks",
+    "scopes",
     "injection",
     "language",
     "vision",
+    "new_tokens",
+    "media_cache",
+    "configuration_flamingo",
+    "modeling_flamingo",
+    "processing_flamingo",
+    "builder",
+    "presets",
     "",
 ]
-MAY_ALSO_IMPORT = {"language": {"transformers"}, "vision": {"timm"}}
+MAY_ALSO_IMPORT = {
+    "language": {"transformers"},
+    "vision": {"timm"},
+    "configuration_flamingo": {"huggingface_hub", "transformers"},
+    "modeling_flamingo": {"transformers", "timm"},
+    "processing_flamingo": {"numpy", "PIL", "timm", "transformers"},
+    "builder": {"timm", "transformers"},
+    "presets": {"transformers"},
+}
 
 
 def modules() -> dict[str, Path]:

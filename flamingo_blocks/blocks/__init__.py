@@ -4,6 +4,7 @@ from flamingo_blocks.blocks.attention import Algorithm, KeyValues, attend_to_med
 from flamingo_blocks.blocks.contrastive import ContrastiveLoss
 from flamingo_blocks.blocks.feed_forward import FeedForward, SquaredReLU, SwiGLU
 from flamingo_blocks.blocks.gated_cross_attention import GatedCrossAttentionBlock, TanhGate
+from flamingo_blocks.blocks.media_features import MediaFeatures
 from flamingo_blocks.blocks.media_mask import (
     Attend,
     MediaRun,
@@ -13,6 +14,7 @@ from flamingo_blocks.blocks.media_mask import (
     media_ranges,
 )
 from flamingo_blocks.blocks.perceiver_resampler import PerceiverLayer, PerceiverResampler
+from flamingo_blocks.blocks.resampler_baselines import MeanPoolResampler, MLPResampler, TransformerResampler
 
 __all__ = [
     "Algorithm",
@@ -21,6 +23,9 @@ __all__ = [
     "FeedForward",
     "GatedCrossAttentionBlock",
     "KeyValues",
+    "MLPResampler",
+    "MeanPoolResampler",
+    "MediaFeatures",
     "MediaRun",
     "MediaRuns",
     "PerceiverLayer",
@@ -28,6 +33,7 @@ __all__ = [
     "SquaredReLU",
     "SwiGLU",
     "TanhGate",
+    "TransformerResampler",
     "attend_to_media",
     "choose_algorithm",
     "dense_media_mask",

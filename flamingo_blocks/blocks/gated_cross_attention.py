@@ -27,8 +27,14 @@ class TanhGate(nn.Module):
 
     def __init__(self, dim: int | None = None, *, init: float = 0.0) -> None:
         super().__init__()
+        self.init = init
         # Never 0-dimensional: FSDP2 cannot shard scalars.
-        self.alpha = nn.Parameter(torch.full((dim or 1,), init))
+        self.alpha = nn.Parameter(torch.empty(dim or 1))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set alpha to what it starts with."""
+        nn.init.constant_(self.alpha, self.init)
 
     def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
         """Return tanh(alpha) * x."""
@@ -161,5 +167,5 @@ class GatedCrossAttentionBlock(nn.Module):
 
     @property
     def _dtype(self) -> torch.dtype:
-        # The gates keep a floating dtype even where linear layers are quantised.
-        return self.gate.alpha.dtype
+        # The first parameter is a norm's, which keeps a floating dtype even where linear layers are quantised.
+        return next(parameter.dtype for parameter in self.parameters() if parameter.is_floating_point())

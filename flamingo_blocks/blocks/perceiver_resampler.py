@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from flamingo_blocks.blocks.feed_forward import FeedForward
+from flamingo_blocks.blocks.media_features import MediaFeatures
 
 
 class PerceiverResampler(nn.Module):
@@ -53,25 +54,26 @@ class PerceiverResampler(nn.Module):
         max_frames: int = 8,
     ) -> None:
         super().__init__()
-        for name, size in (("depth", depth), ("heads", heads), ("latents", latents), ("max_frames", max_frames)):
+        for name, size in (("depth", depth), ("heads", heads), ("latents", latents)):
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
+        self.dim = dim
+        self.vision_dim = dim if vision_dim is None else vision_dim
+        self.features = MediaFeatures(dim=dim, vision_dim=self.vision_dim, max_frames=max_frames)
         if head_dim is None and dim % heads:
             raise ValueError(f"heads must divide dim={dim}, got {heads}; or give head_dim")
         head_dim = dim // heads if head_dim is None else head_dim
-        self.dim = dim
-        self.vision_dim = dim if vision_dim is None else vision_dim
-        self.max_frames = max_frames
-        self.project_features: nn.Module = nn.Identity()
-        if self.vision_dim != dim:
-            self.project_features = nn.Sequential(nn.LayerNorm(self.vision_dim), nn.Linear(self.vision_dim, dim))
-        self.latents = nn.Parameter(torch.randn(latents, dim))
-        self.temporal_embeddings = nn.Parameter(torch.randn(max_frames, dim) * 0.02)
+        self.latents = nn.Parameter(torch.empty(latents, dim))
+        self.reset_parameters()
         self.layers = nn.ModuleList(
             PerceiverLayer(dim, heads=heads, head_dim=head_dim, feed_forward=feed_forward, qk_norm=qk_norm)
             for _ in range(depth)
         )
         self.norm = nn.LayerNorm(dim)
+
+    def reset_parameters(self) -> None:
+        """Draw the latents anew."""
+        nn.init.normal_(self.latents)
 
     def forward(
         self,
@@ -89,46 +91,16 @@ class PerceiverResampler(nn.Module):
         Raises:
             ValueError: If a shape is wrong.
         """
-        if features.ndim != 5 or features.shape[-1] != self.vision_dim:
-            raise ValueError(
-                f"features must have shape (batch, media, frames, patches, vision_dim={self.vision_dim}), "
-                f"got {tuple(features.shape)}; an image is one frame"
-            )
-        batch, media, frames, patches, _ = features.shape
-        if num_frames is not None and num_frames.shape != (batch, media):
-            raise ValueError(f"num_frames must have shape ({batch}, {media}), got {tuple(num_frames.shape)}")
+        features, is_real = self.features(features, num_frames)
+        batch, media, _, patches, _ = features.shape
         mask = None
-        if num_frames is not None:
-            is_real = torch.arange(frames, device=features.device) < num_frames[..., None]
-            features = features.where(is_real[..., None, None], 0)
+        if is_real is not None:
             mask = rearrange(is_real, "batch media frames -> (batch media) frames").repeat_interleave(patches, dim=1)
-        features = self.project_features(features.to(self.latents.dtype))
-        features = features + self._temporal_embeddings(frames, num_frames)
         features = rearrange(features, "batch media frames patches dim -> (batch media) (frames patches) dim")
         latents = self.latents.expand(batch * media, -1, -1)
         for layer in self.layers:
             latents = layer(latents, features, mask)
         return self.norm(latents).unflatten(0, (batch, media))
-
-    def _temporal_embeddings(
-        self, frames: int, num_frames: Int[Tensor, "batch media"] | None
-    ) -> Float[Tensor, "#batch #media frames 1 dim"]:
-        """Embed each frame by its medium's own length: interpolation must not depend on padding."""
-        device = self.temporal_embeddings.device
-        if num_frames is None:
-            num_frames = torch.full((1, 1), frames, device=device)
-        last = self.max_frames - 1
-        index = torch.arange(frames, device=device).expand(*num_frames.shape, -1)
-        # Up to max_frames, frame i has embedding i; beyond, positions shrink so that the last frame has the last one:
-        # i * last / (length - 1), as a fraction of integers, to be exact in every dtype.
-        is_long = num_frames[..., None] > self.max_frames
-        numerator = torch.where(is_long, index * last, index)
-        denominator = torch.where(is_long, num_frames[..., None] - 1, 1)
-        below = (numerator // denominator).clamp(max=last)
-        above = (below + 1).clamp(max=last)
-        weight = (numerator % denominator).to(self.temporal_embeddings.dtype) / denominator
-        embeddings = torch.lerp(self.temporal_embeddings[below], self.temporal_embeddings[above], weight[..., None])
-        return embeddings[..., None, :]
 
 
 class PerceiverLayer(nn.Module):

@@ -111,11 +111,11 @@ def test_temporal_embeddings_are_learned_up_to_max_frames_then_interpolated(
 ) -> None:
     resampler = PerceiverResampler(dim=DIM, depth=1, heads=2, max_frames=max_frames).double()
     randomize(resampler, seed)
-    embeddings = resampler._temporal_embeddings(frames, None)[0, 0, :, 0]
+    embeddings = resampler.features._embed(frames, None)[0, 0, :, 0]
     if frames <= max_frames:
-        assert torch.equal(embeddings, resampler.temporal_embeddings[:frames])
+        assert torch.equal(embeddings, resampler.features.temporal_embeddings[:frames])
         return
-    learned = resampler.temporal_embeddings.T[None]
+    learned = resampler.features.temporal_embeddings.T[None]
     interpolated = nn.functional.interpolate(learned, size=frames, mode="linear", align_corners=True)[0].T
     torch.testing.assert_close(embeddings, interpolated)
 
@@ -132,7 +132,7 @@ def test_the_defaults_are_the_papers() -> None:
         resampler = PerceiverResampler(dim=1536, vision_dim=3072)
     assert len(resampler.layers) == 6
     assert resampler.latents.shape == (64, 1536)
-    assert resampler.temporal_embeddings.shape == (8, 1536)
+    assert resampler.features.temporal_embeddings.shape == (8, 1536)
     assert resampler.layers[0].heads == 16
     assert resampler.layers[0].to_q.out_features == 16 * 96  # type: ignore[union-attr]
 

@@ -1,0 +1,94 @@
+"""MediaFeatures: what every resampler does first with the features of a vision encoder.
+
+Source: Alayrac et al. 2022 (Flamingo), section 2.1, appendices A.1.1 and B.
+"""
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+
+class MediaFeatures(nn.Module):
+    """Bring features to a resampler's width and tell their frames apart.
+
+    A learned temporal embedding is added to all patches of a frame. Videos of up to `max_frames` frames use the first
+    embeddings; longer ones interpolate all of them linearly. The patches of a frame get no position.
+
+    Args:
+        dim: Width of the result.
+        vision_dim: Width of the features; where it differs from `dim` they are normalised and projected.
+        max_frames: Number of learned temporal embeddings.
+
+    Source: Alayrac et al. 2022, section 2.1; appendix B (8 frames in training, interpolated to 30). Differs from the
+    paper: the projection of features whose width differs from `dim`.
+    """
+
+    def __init__(self, *, dim: int, vision_dim: int, max_frames: int) -> None:
+        super().__init__()
+        if max_frames < 1:
+            raise ValueError(f"max_frames must be at least 1, got {max_frames}")
+        self.dim = dim
+        self.vision_dim = vision_dim
+        self.max_frames = max_frames
+        self.project: nn.Module = nn.Identity()
+        if vision_dim != dim:
+            self.project = nn.Sequential(nn.LayerNorm(vision_dim), nn.Linear(vision_dim, dim))
+        self.temporal_embeddings = nn.Parameter(torch.empty(max_frames, dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the temporal embeddings anew."""
+        nn.init.normal_(self.temporal_embeddings, std=0.02)
+
+    def forward(
+        self,
+        features: Float[Tensor, "batch media frames patches {self.vision_dim}"],
+        num_frames: Int[Tensor, "batch media"] | None = None,
+    ) -> tuple[Float[Tensor, "batch media frames patches {self.dim}"], Bool[Tensor, "batch media frames"] | None]:
+        """Project the features and add the temporal embeddings.
+
+        Args:
+            features: Features of each frame, padded to the longest medium.
+            num_frames: How many frames of each medium are real, from 0 to `frames`; the rest may hold anything. None:
+                all are real.
+
+        Returns:
+            The features, and where they are real; None: everywhere.
+
+        Raises:
+            ValueError: If a shape is wrong.
+        """
+        if features.ndim != 5 or features.shape[-1] != self.vision_dim:
+            raise ValueError(
+                f"features must have shape (batch, media, frames, patches, vision_dim={self.vision_dim}), "
+                f"got {tuple(features.shape)}; an image is one frame"
+            )
+        batch, media, frames = features.shape[:3]
+        is_real = None
+        if num_frames is not None:
+            if num_frames.shape != (batch, media):
+                raise ValueError(f"num_frames must have shape ({batch}, {media}), got {tuple(num_frames.shape)}")
+            is_real = torch.arange(frames, device=features.device) < num_frames[..., None]
+            features = features.where(is_real[..., None, None], 0)
+        features = self.project(features.to(self.temporal_embeddings.dtype))
+        return features + self._embed(frames, num_frames), is_real
+
+    def _embed(
+        self, frames: int, num_frames: Int[Tensor, "batch media"] | None
+    ) -> Float[Tensor, "#batch #media frames 1 dim"]:
+        """Embed each frame by its medium's own length: interpolation must not depend on padding."""
+        device = self.temporal_embeddings.device
+        if num_frames is None:
+            num_frames = torch.full((1, 1), frames, device=device)
+        last = self.max_frames - 1
+        index = torch.arange(frames, device=device).expand(*num_frames.shape, -1)
+        # Up to max_frames, frame i has embedding i; beyond, positions shrink so that the last frame has the last one:
+        # i * last / (length - 1), as a fraction of integers, to be exact in every dtype.
+        is_long = num_frames[..., None] > self.max_frames
+        numerator = torch.where(is_long, index * last, index)
+        denominator = torch.where(is_long, num_frames[..., None] - 1, 1)
+        below = (numerator // denominator).clamp(max=last)
+        above = (below + 1).clamp(max=last)
+        weight = (numerator % denominator).to(self.temporal_embeddings.dtype) / denominator
+        embeddings = torch.lerp(self.temporal_embeddings[below], self.temporal_embeddings[above], weight[..., None])
+        return embeddings[..., None, :]
