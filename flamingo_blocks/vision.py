@@ -1,11 +1,12 @@
-"""VisionEncoder: any timm model as a frozen encoder of images into visual tokens.
+"""VisionEncoder: any timm model as an encoder of images into visual tokens, frozen unless asked otherwise.
 
 timm's backbones return feature maps or token sequences, with the channels in different places and with class tokens in
 front or not. What a backbone does is found out once, from the shapes of a pass without computation, and never guessed.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -44,6 +45,8 @@ class TokenLayout:
 class VisionEncoder(nn.Module):
     """Encode images with a timm model that stays frozen: no gradient, no training mode, no moving statistics.
 
+    `unfreeze` ends this, for fine-tuning or ablations.
+
     Args:
         backbone: A timm model.
         image_size: Height and width of the images. None: what the model was made for.
@@ -53,6 +56,7 @@ class VisionEncoder(nn.Module):
     Attributes:
         layout: What the backbone returns for such images.
         vision_dim: Width of a token.
+        is_frozen: Whether the backbone is frozen.
 
     Raises:
         ValueError: If the backbone takes no images of this size, or does not return a grid of tokens.
@@ -86,7 +90,8 @@ class VisionEncoder(nn.Module):
         self.output_dtype = output_dtype
         self.layout = find_layout(backbone, (channels, *self.image_size))
         # Typed as what it is to callers: timm's models share methods but no class.
-        self.backbone: Any = backbone.requires_grad_(False).eval()
+        self.backbone: Any = backbone
+        self.freeze()
 
     @classmethod
     def from_timm(
@@ -97,6 +102,7 @@ class VisionEncoder(nn.Module):
         image_size: int | tuple[int, int] | None = None,
         channels: int = 3,
         output_dtype: torch.dtype | None = None,
+        model_args: Mapping[str, Any] | None = None,
     ) -> "VisionEncoder":
         """Make the encoder from a timm model name, e.g. `"nfnet_f6"` or `"vit_base_patch16_clip_224.openai"`.
 
@@ -106,13 +112,17 @@ class VisionEncoder(nn.Module):
             image_size: Height and width of the images. A model that is built for one size is built for this one.
             channels: Of the images.
             output_dtype: Of the tokens; None: the backbone's.
+            model_args: Further arguments of `timm.create_model`, e.g. `{"output_stride": 8}`.
 
         Raises:
             ValueError: As the constructor.
         """
         import timm
 
+        model_args = dict(model_args or {})
+
         def create(**arguments: Any) -> nn.Module:
+            arguments = model_args | arguments
             return timm.create_model(name, pretrained=pretrained, num_classes=0, in_chans=channels, **arguments)
 
         backbone = create() if image_size is None else _create_for_size(create, image_size)
@@ -123,13 +133,23 @@ class VisionEncoder(nn.Module):
         """Width of a token."""
         return self.layout.dim
 
+    def freeze(self) -> None:
+        """Freeze the backbone for good: also when somebody calls `train` or asks for gradients."""
+        self.is_frozen = True
+        self.backbone.requires_grad_(False).eval()
+
+    def unfreeze(self) -> None:
+        """Let the backbone be trained, with its own statistics and dropout."""
+        self.is_frozen = False
+        self.backbone.requires_grad_(True).train(self.training)
+
     def train(self, mode: bool = True) -> "VisionEncoder":
-        """Set the mode of this module, but leave the backbone in eval mode: its statistics must not move."""
+        """Set the mode of this module, but leave a frozen backbone in eval mode: its statistics must not move."""
         super().train(mode)
-        self.backbone.eval()
+        if self.is_frozen:
+            self.backbone.eval()
         return self
 
-    @torch.no_grad()
     def forward(
         self, images: Float[Tensor, "media channels height width"]
     ) -> Float[Tensor, "media patches vision_dim"]:
@@ -147,7 +167,8 @@ class VisionEncoder(nn.Module):
                 f"got {tuple(images.shape)}"
             )
         dtype = next(self.backbone.parameters()).dtype
-        features = self.backbone.forward_features(images.to(dtype))
+        with torch.no_grad() if self.is_frozen else nullcontext():
+            features = self.backbone.forward_features(images.to(dtype))
         return self.layout.to_tokens(features).to(self.output_dtype or dtype)
 
 

@@ -79,7 +79,9 @@ def resample_medium(resampler: PerceiverResampler, features: Tensor) -> Tensor:
     """The resampler on one medium without padding: (frames, patches, vision_dim) -> (latents, dim)."""
     frames = features.shape[0]
     x = resampler.features.project(features)
-    x = torch.stack([x[i] + temporal_embedding(resampler.features.temporal_embeddings, i, frames) for i in range(frames)])
+    x = torch.stack(
+        [x[i] + temporal_embedding(resampler.features.temporal_embeddings, i, frames) for i in range(frames)]
+    )
     x = x.flatten(0, 1)
     latents = resampler.latents
     for layer in resampler.layers:

@@ -1,0 +1,139 @@
+"""FlamingoConfig: what a Flamingo is made of, as JSON."""
+
+import copy
+from dataclasses import fields
+from difflib import get_close_matches
+from typing import Any, Literal, no_type_check
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+
+# Types are checked by transformers' own strict dataclasses; jaxtyping's hook would break them.
+
+
+@strict
+@no_type_check
+class FlamingoVisionConfig(PreTrainedConfig):
+    """Which timm model the vision encoder is, and for which images.
+
+    Args:
+        architecture: Name for `timm.create_model`, without weights' tag. None: a model that timm cannot make by name; it
+            must be passed to the model as an instance, also in `from_pretrained`.
+        model_args: Further arguments of `timm.create_model`, e.g. `{"output_stride": 8}`.
+        image_size: Height and width of the images. None: what the model was made for.
+        channels: Of the images.
+    """
+
+    model_type = "flamingo_vision"
+    base_config_key = "vision_config"
+
+    architecture: str | None = "dm_nfnet_f6"
+    model_args: dict[str, Any] | None = None
+    image_size: int | list[int] | tuple[int, ...] | None = None
+    channels: int = 3
+
+    def __post_init__(self, **kwargs):
+        if isinstance(self.image_size, int):
+            self.image_size = [self.image_size, self.image_size]
+        if self.image_size is not None:
+            self.image_size = list(self.image_size)
+        super().__post_init__(**kwargs)
+
+
+@strict
+@no_type_check
+class FlamingoConfig(PreTrainedConfig):
+    """Configuration of a `FlamingoForConditionalGeneration`.
+
+    Sizes that are None follow from the backbones. `build_flamingo` fills in the rest; write one by hand, or take one
+    from `flamingo_blocks.presets`, for a model without pretrained backbones.
+
+    Args:
+        text_config: The language model's own configuration.
+        vision_config: The vision encoder's.
+        cross_attention_layers: Decoder layers that get a block before them. None: all (the paper's 3B model); see
+            `flamingo_blocks.injection.select_layers`.
+        decoder_layers: Dotted name of the language model's list of decoder layers, where it is not found by itself.
+        cross_attention_heads: Heads of a block. None: the language model's, else one for each 64 channels.
+        cross_attention_head_dim: Width of a head. None: the language model's width / heads.
+        cross_attention_kv_heads: Heads of keys and values. None: as many as heads.
+        cross_attention_hidden: Width of a block's feed-forward network. None: 4 times the language model's width.
+        gating: `"tanh"`: one tanh gate a sub-layer (the paper); `"tanh_per_channel"`: one a channel (IDEFICS);
+            `"none"`: no gate (the paper's ablation, table 3, iii).
+        gate_init: Alpha of the gates at the start. Only 0 starts as the language model.
+        attend: Which media a token sees, see `flamingo_blocks.media_ranges`.
+        resampler: `"perceiver"` (the paper), or what the paper compares it with: `"mlp"`, `"transformer"`; or
+            `"mean_pool"`.
+        resampler_dim: Width of the latents. None: the vision encoder's.
+        resampler_depth: Layers of a perceiver or transformer.
+        resampler_heads: Their heads.
+        resampler_head_dim: Width of a head of the perceiver. None: dim / heads, rounded down.
+        resampler_hidden: Width of their feed-forward networks. None: 4 times their width.
+        num_latents: Latents of a medium, for the perceiver.
+        max_frames: Number of learned temporal embeddings.
+        freeze: Parts that are not trained: `"language_model"`, `"vision_encoder"`, both (the paper) or none.
+        image_token_id: Id of `<image>`. None: the first id behind the language model's vocabulary.
+        end_of_chunk_token_id: Id of `<EOC>`. None: the id after `image_token_id`.
+        new_token_ids: Those ids that the language model has no embedding for and that get a trained one. None:
+            `<image>` and `<EOC>`.
+        trained_dtype: Of resampler, blocks and new tokens. None: as the language model.
+        vision_dtype: Of the vision encoder. None: as the language model.
+
+    Source: Alayrac et al. 2022; table 3 for the alternatives.
+    """
+
+    model_type = "flamingo"
+    sub_configs = {"text_config": AutoConfig, "vision_config": FlamingoVisionConfig}
+
+    text_config: PreTrainedConfig | dict[str, Any] | None = None
+    vision_config: PreTrainedConfig | dict[str, Any] | None = None
+    cross_attention_layers: list[int] | None = None
+    decoder_layers: str | None = None
+    cross_attention_heads: int | None = None
+    cross_attention_head_dim: int | None = None
+    cross_attention_kv_heads: int | None = None
+    cross_attention_hidden: int | None = None
+    gating: Literal["tanh", "tanh_per_channel", "none"] = "tanh"
+    gate_init: float = 0.0
+    attend: Literal["last", "all_previous", "next"] = "last"
+    resampler: Literal["perceiver", "mlp", "transformer", "mean_pool"] = "perceiver"
+    resampler_dim: int | None = None
+    resampler_depth: int = 6
+    resampler_heads: int = 16
+    resampler_head_dim: int | None = None
+    resampler_hidden: int | None = None
+    num_latents: int = 64
+    max_frames: int = 8
+    freeze: list[Literal["language_model", "vision_encoder"]] | None = None
+    image_token_id: int | None = None
+    end_of_chunk_token_id: int | None = None
+    new_token_ids: list[int] | None = None
+    trained_dtype: str | None = None
+    vision_dtype: str | None = None
+
+    def __post_init__(self, **kwargs):
+        names = [field.name for field in fields(self)]
+        for name in kwargs:
+            # transformers keeps names that it does not know as attributes; a slip of the pen must not get lost there.
+            if nearest := get_close_matches(name, names, n=1, cutoff=0.8):
+                raise ValueError(f"FlamingoConfig has no option {name!r}; did you mean {nearest[0]!r}?")
+        if self.text_config is None:
+            raise ValueError("text_config must be the configuration of a language model, e.g. LlamaConfig(), got None")
+        if isinstance(self.text_config, dict):
+            self.text_config = AutoConfig.for_model(**self.text_config)
+        # A copy: transformers is about to reset the attention implementation, also of a model that is in use.
+        self.text_config = copy.deepcopy(self.text_config)
+        if self.vision_config is None:
+            self.vision_config = {}
+        if isinstance(self.vision_config, dict):
+            self.vision_config = FlamingoVisionConfig(**self.vision_config)
+        if self.freeze is None:
+            self.freeze = ["vision_encoder", "language_model"]
+        vocab_size = self.text_config.get_text_config(decoder=True).vocab_size
+        if self.image_token_id is None:
+            self.image_token_id = vocab_size
+        if self.end_of_chunk_token_id is None:
+            self.end_of_chunk_token_id = self.image_token_id + 1
+        if self.new_token_ids is None:
+            self.new_token_ids = [self.image_token_id, self.end_of_chunk_token_id]
+        super().__post_init__(**kwargs)

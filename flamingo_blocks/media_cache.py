@@ -1,0 +1,152 @@
+"""MediaCache: what a model keeps of its media while it generates, beside the language model's own cache.
+
+Media are encoded once and projected once per layer. It is no tensor on purpose: `generate` repeats tensors for each beam,
+while the beams of a row share their media.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from flamingo_blocks.blocks.attention import KeyValues
+from flamingo_blocks.blocks.media_mask import Attend, MediaRuns, media_ranges
+
+
+class MediaCache:
+    """Keys and values of the media of each row, and which of them its text sees.
+
+    It is used as transformers' caches are: pass an empty one along with `past_key_values` and it is filled; pass both
+    again to go on, with the new media only.
+
+    Attributes:
+        key_values: For each decoder layer with a block, by its index, the keys and values of all media so far.
+        num_media: How many media each row has, padding not counted.
+
+    Example:
+        ```python
+        from transformers import DynamicCache
+        from flamingo_blocks import MediaCache
+
+        cache, media_cache = DynamicCache(), MediaCache()
+        # first = model.generate(**processor(...), past_key_values=cache, media_cache=media_cache)
+        # more = model.generate(ids_so_far_and_new, past_key_values=cache, media_cache=media_cache)
+        ```
+    """
+
+    def __init__(self) -> None:
+        self.key_values: dict[int, KeyValues] = {}
+        self.num_media: Tensor | None = None
+        self._ranges: Tensor | None = None
+        self._start = 0
+
+    def __repr__(self) -> str:
+        media = [] if self.num_media is None else self.num_media.tolist()
+        return f"MediaCache(media per row: {media}, layers: {sorted(self.key_values)})"
+
+    @property
+    def rows(self) -> int:
+        """Number of rows that have media of their own; several rows of text may share one."""
+        return 0 if self.num_media is None else self.num_media.shape[0]
+
+    def add_media(self, key_values: Mapping[int, KeyValues], num_media: Int[Tensor, " batch"]) -> None:
+        """Put new media behind those that each row has.
+
+        Args:
+            key_values: Keys and values for each decoder layer with a block; in each row, real media come first.
+            num_media: How many of them are real.
+
+        Raises:
+            ValueError: If their rows are not as many as the cache's, or a multiple.
+        """
+        if self.num_media is None:
+            self.key_values, self.num_media = dict(key_values), num_media
+            return
+        batch = num_media.shape[0]
+        if batch % self.rows:
+            raise ValueError(
+                f"media_cache has {self.rows} rows, got media for {batch}; rows must not change between calls"
+            )
+        self._repeat_rows(batch // self.rows)
+        old = next(iter(self.key_values.values())).keys.shape[1]
+        new = next(iter(key_values.values())).keys.shape[1]
+        is_real = torch.cat([_first(old, self.num_media), _first(new, num_media)], dim=1)
+        order = is_real.int().argsort(dim=1, descending=True, stable=True)
+        self.num_media = self.num_media + num_media
+        order = order[:, : int(self.num_media.max())]
+        self.key_values = {
+            index: KeyValues(
+                _take(torch.cat([past.keys, key_values[index].keys], dim=1), order),
+                _take(torch.cat([past.values, key_values[index].values], dim=1), order),
+            )
+            for index, past in self.key_values.items()
+        }
+
+    def add_text(
+        self,
+        media_locations: Bool[Tensor, "batch text"],
+        new_media: Int[Tensor, " batch"],
+        *,
+        attend: Attend,
+        document_ids: Int[Tensor, "batch text"] | None = None,
+        start: int = 0,
+    ) -> Int[Tensor, "batch text 2"]:
+        """Say what new text sees: media from the cache as well as those that were added last.
+
+        Args:
+            media_locations: Where the new text has the `<image>` tokens of the media added last.
+            new_media: How many media were added last for each row.
+            attend: The rule.
+            document_ids: For packed documents; earlier text belongs to the document of the first token.
+            start: Position of the new text's first token.
+
+        Returns:
+            The new text's ranges. `ranges_at` gives them, too, and for later text what the last token saw.
+
+        Raises:
+            ValueError: If a row's `<image>` tokens and new media do not agree in number.
+        """
+        assert self.num_media is not None, "add_media comes first"
+        # Checked on the new text alone: what it sees may include earlier media.
+        MediaRuns.from_ranges(media_ranges(media_locations), num_media=new_media)
+        # Media of earlier text are as if their tokens stood right before this text.
+        before = (self.num_media - new_media).to(media_locations.device)
+        earlier = _first(int(before.max()), before)
+        locations = torch.cat([earlier, media_locations], dim=1)
+        if document_ids is not None:
+            document_ids = torch.cat([document_ids[:, :1].expand_as(earlier), document_ids], dim=1)
+        ranges = media_ranges(locations, document_ids=document_ids, attend=attend)
+        self._ranges, self._start = ranges[:, earlier.shape[1] :], start
+        return self._ranges
+
+    def ranges_at(self, start: int, length: int) -> Int[Tensor, "batch length 2"]:
+        """Give the ranges of the tokens from `start` on. What was not announced by `add_text` sees what the last
+        announced token saw: a generated `<image>` is a word, not a medium.
+
+        Args:
+            start: Position of the first token.
+            length: Number of tokens.
+        """  # noqa: D205
+        assert self._ranges is not None
+        last = self._ranges.shape[1] - 1
+        positions = torch.arange(start, start + length, device=self._ranges.device) - self._start
+        return self._ranges[:, positions.clamp(0, last)]
+
+    def _repeat_rows(self, times: int) -> None:
+        if times == 1 or self.num_media is None:
+            return
+        self.num_media = self.num_media.repeat_interleave(times)
+        self.key_values = {
+            index: KeyValues(kv.keys.repeat_interleave(times, dim=0), kv.values.repeat_interleave(times, dim=0))
+            for index, kv in self.key_values.items()
+        }
+
+
+def _first(size: int, count: Int[Tensor, " batch"]) -> Bool[Tensor, "batch size"]:
+    return torch.arange(size, device=count.device) < count[:, None]
+
+
+def _take(media: Tensor, order: Int[Tensor, "batch media"]) -> Tensor:
+    index = order.to(media.device)[:, :, None, None, None].expand(-1, -1, *media.shape[2:])
+    return media.gather(1, index)

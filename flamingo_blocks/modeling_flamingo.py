@@ -1,0 +1,698 @@
+"""FlamingoForConditionalGeneration: the whole model, as transformers knows models.
+
+Source: Alayrac et al. 2022 (Flamingo).
+"""
+
+import copy
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.utils import ModelOutput
+
+from flamingo_blocks.blocks import (
+    FeedForward,
+    GatedCrossAttentionBlock,
+    KeyValues,
+    MeanPoolResampler,
+    MediaFeatures,
+    MediaRuns,
+    MLPResampler,
+    PerceiverResampler,
+    TanhGate,
+    TransformerResampler,
+    media_mask,
+)
+from flamingo_blocks.configuration_flamingo import FlamingoConfig
+from flamingo_blocks.injection import LMLayerInjector
+from flamingo_blocks.language import find_decoder_layers, find_hidden_size
+from flamingo_blocks.media_cache import MediaCache
+from flamingo_blocks.new_tokens import NewTokens
+from flamingo_blocks.vision import VisionEncoder
+
+
+@dataclass
+class FlamingoCausalLMOutput(ModelOutput):
+    """What a Flamingo's forward returns.
+
+    Attributes:
+        loss: Mean negative log-likelihood of the labels, in nats; with labels only.
+        logits: Before the softmax. Those of the language model's own vocabulary come first.
+        past_key_values: The language model's cache, under the name that it uses for it.
+        cache_params: The same, for Mamba and its like.
+        state: The same, for RWKV.
+        media_cache: What is kept of the media, for the next forward.
+        hidden_states: The language model's, if asked for.
+        attentions: The language model's, if asked for.
+    """
+
+    loss: Float[Tensor, ""] | None = None
+    logits: Float[Tensor, "batch text vocab"] | None = None
+    past_key_values: Any = None
+    cache_params: Any = None
+    state: Any = None
+    media_cache: MediaCache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor | None, ...] | None = None
+
+
+class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
+    """A vision encoder and a language model, joined by a resampler and gated cross-attention blocks.
+
+    Most users call `build_flamingo`, or `from_pretrained` on what `save_pretrained` wrote.
+
+    Args:
+        config: What to make. Backbones that are not passed are made from it, with random weights.
+        language_model: A causal language model of transformers. It is not copied; blocks are injected into it.
+        vision_encoder: A vision encoder. It is not copied.
+
+    Attributes:
+        language_model: The language model, with its own state_dict keys and classes.
+        vision_encoder: `VisionEncoder`.
+        resampler: `PerceiverResampler`, or what `config.resampler` names.
+        injector: `LMLayerInjector`; its `blocks` are the gated cross-attention blocks.
+        new_tokens: `NewTokens`, or None if the language model knows all tokens.
+
+    Raises:
+        ValueError: If the parts do not fit together.
+
+    Source: Alayrac et al. 2022, section 2.
+    """
+
+    config: FlamingoConfig
+    config_class = FlamingoConfig
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    # What the language model supports is checked when it is made; this model adds no other attention of that kind.
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(
+        self,
+        config: FlamingoConfig,
+        *,
+        language_model: PreTrainedModel | None = None,
+        vision_encoder: VisionEncoder | None = None,
+    ) -> None:
+        if language_model is not None:
+            config.text_config = language_model.config
+        super().__init__(config)
+        # Under from_pretrained, modules are made without data and then filled from a file, which has no non-persistent
+        # buffers. Those of the backbone are restored in `_init_weights`.
+        self._buffers_to_restore: dict[str, Tensor] | None = None
+        is_meta = torch.get_default_device().type == "meta"
+        if is_meta:
+            self._buffers_to_restore = _non_persistent_buffers(vision_encoder.backbone) if vision_encoder else {}
+        auto_model: Any = AutoModelForCausalLM
+        lm = auto_model.from_config(config.text_config) if language_model is None else language_model
+        if not isinstance(lm, PreTrainedModel) or lm.get_output_embeddings() is None:
+            raise ValueError(
+                f"language_model must be a causal language model of transformers, with a head, got {type(lm).__name__}; "
+                "load it with AutoModelForCausalLM"
+            )
+        self.language_model: Any = lm
+        self.vision_encoder = _make_vision_encoder(config) if vision_encoder is None else vision_encoder
+        if vision_encoder is None:
+            self.vision_encoder.to(_dtype(config.vision_dtype, lm))
+        self.resampler = _make_resampler(config, self.vision_encoder.vision_dim)
+        _, layers = find_decoder_layers(lm, config.decoder_layers)
+        indices = range(len(layers)) if config.cross_attention_layers is None else config.cross_attention_layers
+        dim = find_hidden_size(lm)
+        blocks = {index: _make_block(config, dim, self.resampler.dim) for index in indices}
+        self.injector = LMLayerInjector(blocks).inject(layers)
+        self.new_tokens: NewTokens | None = None
+        if config.new_token_ids:
+            embedding, head = lm.get_input_embeddings(), lm.get_output_embeddings()
+            self.new_tokens = NewTokens(
+                config.new_token_ids,
+                vocab_size=head.weight.shape[0],
+                embedding_dim=embedding.weight.shape[1],
+                head_dim=head.weight.shape[1],
+            )
+            if not is_meta and not head.weight.is_meta:
+                self.new_tokens.start_from(lm)
+            self.new_tokens.inject(lm)
+        for part in (self.resampler, self.injector, self.new_tokens):
+            if part is not None:
+                part.to(device=None if is_meta else lm.device, dtype=_dtype(config.trained_dtype, lm))
+        self._lm_arguments = _argument_names(lm.forward)
+        self.generation_config = copy.deepcopy(lm.generation_config)
+        self.generation_config.eos_token_id = _with_id(lm.generation_config.eos_token_id, config.end_of_chunk_token_id)
+        self.generation_config.suppress_tokens = _with_id(lm.generation_config.suppress_tokens, config.image_token_id)
+        self.freeze()
+        if not is_meta:
+            for module in self.modules():
+                module._is_hf_initialized = True  # type: ignore[assignment]
+        self.post_init()
+
+    # ------------------------------------------------------------ what is trained
+
+    def freeze(self) -> None:
+        """Freeze the parts that `config.freeze` names, and unfreeze the other backbones."""
+        self.language_model.requires_grad_("language_model" not in self.config.freeze)
+        if "vision_encoder" in self.config.freeze:
+            self.vision_encoder.freeze()
+        else:
+            self.vision_encoder.unfreeze()
+
+    # ------------------------------------------------------------ forward
+
+    def encode_media(
+        self,
+        pixel_values: Float[Tensor, "batch media frames channels height width"] | None = None,
+        num_frames: Int[Tensor, "batch media"] | None = None,
+        *,
+        vision_features: Float[Tensor, "batch media frames patches vision_dim"] | None = None,
+    ) -> Float[Tensor, "batch media latents media_dim"]:
+        """Encode images and videos into latents. Padding frames are not encoded.
+
+        Args:
+            pixel_values: Normalised images; an image is a video of one frame.
+            num_frames: How many frames of each medium are real; 0 for padding media, which come last in their row.
+                None: all frames of all media.
+            vision_features: Instead of pixels, what the vision encoder made of them earlier.
+
+        Raises:
+            ValueError: If shapes are wrong, or `num_frames` says what cannot be.
+        """
+        if (pixel_values is None) == (vision_features is None):
+            raise ValueError("give either pixel_values or vision_features")
+        if vision_features is None:
+            vision_features = self._encode_frames(pixel_values, num_frames)
+        elif num_frames is not None:
+            _check_num_frames(num_frames, vision_features)
+        return self.resampler(vision_features, num_frames)
+
+    def _encode_frames(self, pixel_values: Tensor, num_frames: Tensor | None) -> Tensor:
+        if pixel_values.ndim != 6:
+            raise ValueError(
+                "pixel_values must have shape (batch, media, frames, channels, height, width), got "
+                f"{tuple(pixel_values.shape)}; an image is one frame"
+            )
+        shape = pixel_values.shape[:3]
+        images = pixel_values.flatten(0, 2)
+        if num_frames is None or torch.compiler.is_compiling():
+            return self.vision_encoder(images).unflatten(0, shape)
+        _check_num_frames(num_frames, pixel_values)
+        is_real = torch.arange(shape[2], device=num_frames.device) < num_frames[..., None]
+        index = is_real.flatten().nonzero().squeeze(-1).to(images.device)
+        height, width = self.vision_encoder.layout.grid
+        dtype = next(self.vision_encoder.backbone.parameters()).dtype
+        features = images.new_zeros(len(images), height * width, self.vision_encoder.vision_dim, dtype=dtype)
+        if len(index):
+            real = self.vision_encoder(images[index])
+            features = features.to(real.dtype).index_copy(0, index, real)
+        return features.unflatten(0, shape)
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "batch text"] | None = None,
+        pixel_values: Float[Tensor, "batch media frames channels height width"] | None = None,
+        num_frames: Int[Tensor, "batch media"] | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        media_cache: MediaCache | None = None,
+        inputs_embeds: Float[Tensor, "batch text dim"] | None = None,
+        labels: Int[Tensor, "batch text"] | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        vision_features: Float[Tensor, "batch media frames patches vision_dim"] | None = None,
+        document_ids: Int[Tensor, "batch text"] | None = None,
+        media_ranges: Int[Tensor, "rows text 2"] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Predict the next token at each place of the text.
+
+        Args:
+            input_ids: Text, with an `<image>` token for each medium.
+            pixel_values: Images and videos, in the order of their `<image>` tokens. None: text only.
+            num_frames: See `encode_media`.
+            attention_mask: As the language model takes it.
+            position_ids: As the language model takes it.
+            past_key_values: The language model's cache.
+            media_cache: The media of the text in that cache. New media may come along in `pixel_values`; without, an
+                `<image>` token is a word like any other, as when it was generated.
+            inputs_embeds: Instead of `input_ids`; which media are seen must then be told by `media_ranges`.
+            labels: Token ids that each place of `input_ids` should have been predicted to be, -100 where there is no
+                loss. They are shifted here: give `input_ids` themselves, with the prompt masked.
+            use_cache: Return the caches. None: outside of training, if the language model's config says so.
+            logits_to_keep: Give logits for so many last tokens only; 0 for all.
+            vision_features: Instead of `pixel_values`, see `encode_media`.
+            document_ids: For packed documents, see `flamingo_blocks.media_ranges`.
+            media_ranges: What each token sees, if that is not what `config.attend` says, e.g. by document. Rows of
+                text that share media, as beams do, may share a row here.
+            **kwargs: Passed on to the language model.
+
+        Returns:
+            A `FlamingoCausalLMOutput`, a tuple with `return_dict=False`.
+
+        Raises:
+            ValueError: If shapes are wrong, or a row's `<image>` tokens and media do not agree in number.
+        """
+        return_dict = kwargs.pop("return_dict", True)
+        text = input_ids if input_ids is not None else inputs_embeds
+        if text is None:
+            raise ValueError("give input_ids or inputs_embeds")
+        if labels is not None and labels.shape != text.shape[:2]:
+            raise ValueError(f"labels must have the text's shape, {tuple(text.shape[:2])}, got {tuple(labels.shape)}")
+        if use_cache is None:
+            use_cache = not self.training and bool(getattr(self.config.get_text_config(), "use_cache", True))
+        media: Tensor | Mapping[int, KeyValues]
+        num_media = None
+        if media_cache is not None and media_ranges is not None:
+            media = media_cache.key_values
+        else:
+            is_image = self._is_image(text)
+            if media_cache is not None and media_cache.rows and pixel_values is None and vision_features is None:
+                is_image = torch.zeros_like(is_image)
+            media, num_media = self._encode(len(text), pixel_values, num_frames, vision_features)
+            if use_cache or media_cache is not None:
+                media_cache = MediaCache() if media_cache is None else media_cache
+                media_cache.add_media(self.injector.project_media(media), num_media)
+                seen = media_cache.add_text(is_image, num_media, attend=self.config.attend, document_ids=document_ids)
+                media, num_media = media_cache.key_values, None
+            else:
+                seen = media_mask.media_ranges(is_image, document_ids=document_ids, attend=self.config.attend)
+            if media_ranges is None:
+                media_ranges = seen
+            else:
+                num_media = None
+        rows = len(media_ranges)
+        if rows and len(text) % rows == 0:
+            # Neighbouring rows of text share the media of one row: the injector takes them as one longer text.
+            media_ranges = media_ranges.repeat(1, len(text) // rows, 1)
+        runs = MediaRuns.from_ranges(media_ranges, num_media=num_media)
+        arguments = {
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "inputs_embeds": inputs_embeds,
+            "use_cache": use_cache,
+            "logits_to_keep": logits_to_keep,
+        }
+        output = self._run_language_model(input_ids, media, runs, arguments, kwargs, text)
+        logits = output.logits
+        if isinstance(logits_to_keep, int) and 0 < logits_to_keep < logits.shape[1]:
+            logits = logits[:, -logits_to_keep:]
+        loss = None
+        if labels is not None:
+            loss_arguments = {name: kwargs[name] for name in ("num_items_in_batch",) if name in kwargs}
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **loss_arguments)
+        result = FlamingoCausalLMOutput(
+            loss=loss,
+            logits=logits,
+            media_cache=media_cache,
+            **{name: output.get(name) for name in _PASSED_ON},
+        )
+        return result if return_dict else result.to_tuple()
+
+    def _run_language_model(
+        self,
+        input_ids: Tensor | None,
+        media: Tensor | Mapping[int, KeyValues],
+        runs: MediaRuns,
+        arguments: dict[str, Any],
+        others: dict[str, Any],
+        text: Tensor,
+    ) -> Any:
+        accepted = self._lm_arguments
+        arguments = {
+            name: value
+            for name, value in arguments.items()
+            if value is not None and (name in accepted or name not in _OPTIONAL)
+        }
+        others = {name: value for name, value in others.items() if name != "num_items_in_batch"}
+        tokens = nullcontext()
+        if self.new_tokens is not None:
+            # With embeddings instead of ids there is nothing to look up, but there are logits to give.
+            ids = text.new_zeros(text.shape[:2], dtype=torch.long) if input_ids is None else input_ids
+            tokens = self.new_tokens.scope(ids)
+            input_ids = None if input_ids is None else self.new_tokens.old_ids(input_ids)
+        if input_ids is not None:
+            arguments["input_ids"] = input_ids
+        with self.injector.scope(media, runs), tokens:
+            return self.language_model(**arguments, **others, return_dict=True)
+
+    def _is_image(self, text: Tensor) -> Tensor:
+        if text.is_floating_point():  # embeddings tell no tokens
+            return torch.zeros(text.shape[:2], dtype=torch.bool, device=text.device)
+        return text == self.config.image_token_id
+
+    def _encode(
+        self, batch: int, pixel_values: Tensor | None, num_frames: Tensor | None, vision_features: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Give latents and number of media of each row, also where there are none."""
+        frames = pixel_values if vision_features is None else vision_features
+        if frames is None:
+            weight = next(self.resampler.parameters())
+            return weight.new_zeros(batch, 0, 1, self.resampler.dim), torch.zeros(batch, dtype=torch.long)
+        if len(frames) != batch:
+            raise ValueError(f"the media have {len(frames)} rows, but the text {batch}; give every row its own media")
+        media = self.encode_media(pixel_values, num_frames, vision_features=vision_features)
+        if num_frames is None:
+            return media, torch.full((batch,), frames.shape[1])
+        return media, (num_frames > 0).sum(1)
+
+    # ------------------------------------------------------------ generation
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        *args: Any,
+        pixel_values: Float[Tensor, "batch media frames channels height width"] | None = None,
+        num_frames: Int[Tensor, "batch media"] | None = None,
+        vision_features: Float[Tensor, "batch media frames patches vision_dim"] | None = None,
+        media_cache: MediaCache | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Continue texts, as `generate` of any model of transformers does.
+
+        Media are encoded once, before the first token, and their keys and values are kept. Text ends at the language
+        model's own end of text or at the end of a chunk; `<image>` is not generated. `generation_config` holds both.
+
+        To go on with a conversation, pass `past_key_values` and `media_cache` to the first call, and to the next ones
+        together with the whole text and the new media only.
+
+        Args:
+            inputs: The prompts, `input_ids`.
+            *args: As in transformers.
+            pixel_values: See `forward`.
+            num_frames: See `forward`.
+            vision_features: See `forward`.
+            media_cache: An empty cache to be filled, or that of earlier text.
+            **kwargs: As in transformers.
+
+        Raises:
+            ValueError: If a row's `<image>` tokens and media do not agree in number, or only one of the two caches of
+                earlier text is there.
+        """
+        input_ids = kwargs.get("input_ids") if inputs is None else inputs
+        if input_ids is None:
+            embeddings = kwargs.get("inputs_embeds")
+            # Without any prompt, transformers begins with one row of one token.
+            input_ids = torch.zeros(1, 1, dtype=torch.long) if embeddings is None else embeddings
+        media_cache = MediaCache() if media_cache is None else media_cache
+        text, start = self._new_text(input_ids, kwargs.get("past_key_values"), kwargs.get("attention_mask"))
+        if bool(media_cache.rows) != bool(start) and (start == 0 or self._is_image(input_ids[:, :start]).any()):
+            raise ValueError(
+                "past_key_values and media_cache must hold the same earlier text and its media, but one of them is "
+                "empty; pass both to every call, or neither"
+            )
+        media, num_media = self._encode(len(input_ids), pixel_values, num_frames, vision_features)
+        media_cache.add_media(self.injector.project_media(media), num_media)
+        media_cache.add_text(self._is_image(text), num_media, start=start, attend=self.config.attend)
+        return super().generate(inputs, *args, media_cache=media_cache, **kwargs)
+
+    @staticmethod
+    def _new_text(input_ids: Tensor, past_key_values: Any, attention_mask: Tensor | None) -> tuple[Tensor, int]:
+        """Split what is in the cache off the text, which holds it or not (as transformers tells: by the mask)."""
+        start = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        is_whole = attention_mask is None or attention_mask.shape[1] == input_ids.shape[1]
+        return (input_ids[:, start:] if is_whole else input_ids), start
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, media_cache: MediaCache | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Prepare a step: the language model's own way, and what the step's tokens see."""
+        inputs: dict[str, Any] = self.language_model.prepare_inputs_for_generation(input_ids, **kwargs)
+        if media_cache is not None:
+            text = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+            length = text.shape[1]
+            start = input_ids.shape[1] - length
+            cache = kwargs.get("past_key_values")
+            if start <= 0 and cache is not None:  # the ids are a chunk of the prompt, or new text alone
+                start = int(cache.get_seq_length())
+            inputs |= {"media_cache": media_cache, "media_ranges": media_cache.ranges_at(start, length)}
+        return inputs
+
+    # Caches differ between architectures; the language model knows its own.
+
+    @property
+    def _is_stateful(self) -> bool:  # type: ignore[override]
+        return bool(self.language_model._is_stateful)
+
+    def _supports_default_dynamic_cache(self) -> bool:  # type: ignore[override]
+        return bool(self.language_model._supports_default_dynamic_cache())
+
+    def _prepare_cache_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        return self.language_model._prepare_cache_for_generation(*args, **kwargs)
+
+    def _prepare_position_ids_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        return self.language_model._prepare_position_ids_for_generation(*args, **kwargs)
+
+    def _update_model_kwargs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        return self.language_model._update_model_kwargs_for_generation(*args, **kwargs)
+
+    # ------------------------------------------------------------ what transformers asks of a model
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The language model's, without the new tokens."""
+        embeddings: nn.Module = self.language_model.get_input_embeddings()
+        return embeddings
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The language model's head, without the new tokens."""
+        head: nn.Module = self.language_model.get_output_embeddings()
+        return head
+
+    def resize_token_embeddings(self, *_: Any, **__: Any) -> Any:
+        """Not here: new tokens have tables of their own.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(
+            "the language model's tables are never resized, since that changes its own logits; new tokens have their "
+            "own small tables, see FlamingoConfig.new_token_ids"
+        )
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Load what `save_pretrained` wrote; arguments as in transformers.
+
+        `dtype` is that of the language model; the trained parts and the vision encoder keep the one they were saved
+        in, if it was another. What was frozen is frozen again. A vision encoder that timm cannot make by name is
+        passed as `vision_encoder=`; its weights are then loaded into it.
+        """
+        result = super().from_pretrained(*args, **kwargs)
+        model = result[0] if isinstance(result, tuple) else result
+        model.freeze()
+        return result
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """Save the whole model, backbones included; arguments as in transformers."""
+        dtype = self.language_model.dtype
+        trained, vision = next(self.resampler.parameters()).dtype, next(self.vision_encoder.parameters()).dtype
+        self.config.trained_dtype = None if trained == dtype else str(trained).removeprefix("torch.")
+        self.config.vision_dtype = None if vision == dtype else str(vision).removeprefix("torch.")
+        return super().save_pretrained(*args, **kwargs)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Initialise what a checkpoint lacks. `init` leaves alone what was loaded."""
+        if isinstance(module, VisionEncoder):
+            self._restore_buffers()
+        elif isinstance(module, nn.Linear | nn.LayerNorm | MediaFeatures | PerceiverResampler | TanhGate | NewTokens):
+            module.reset_parameters()
+        else:
+            for parameter in module.parameters(recurse=False):
+                init.normal_(parameter, std=0.02)
+
+    def _restore_buffers(self) -> None:
+        """Give the backbone its non-persistent buffers, e.g. tables of positions, which no checkpoint holds."""
+        backbone = self.vision_encoder.backbone
+        names = _non_persistent_buffers(backbone)
+        if self._buffers_to_restore is None or not names:
+            return
+        originals = self._buffers_to_restore
+        if not originals:
+            with torch.device("cpu"), _default_dtype(torch.float32):
+                originals = _non_persistent_buffers(_make_vision_encoder(self.config).backbone)
+        for name, buffer in names.items():
+            buffer.copy_(originals[name])
+        self._buffers_to_restore = None
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, **kwargs: Any
+    ) -> None:
+        # Where transformers recomputes a layer with its hooks, the blocks must find their media again.
+        function = partial(gradient_checkpointing_func, context_fn=self.injector.checkpoint_context)
+        super()._set_gradient_checkpointing(enable, function, **kwargs)
+
+    # ------------------------------------------------------------ what people look at
+
+    def __repr__(self) -> str:
+        parts = ", ".join(
+            f"{name}={type(module).__name__}" for name, module in self._parts().items() if module is not None
+        )
+        return f"{type(self).__name__}({parts}; {_count(self.parameters()):,} parameters; see .summary())"
+
+    def _parts(self) -> dict[str, Any]:
+        return {
+            "vision_encoder": self.vision_encoder.backbone,
+            "resampler": self.resampler,
+            "blocks": self.injector.blocks,
+            "new_tokens": self.new_tokens,
+            "language_model": self.language_model,
+        }
+
+    def summary(self) -> str:
+        """Tabulate the parts, what of them is trained, and where the blocks stand."""
+        rows = [("part", "module", "trained", "frozen", "dtype", "MiB")]
+        parts = {name: module for name, module in self._parts().items() if module is not None}
+        for name, module in [*parts.items(), ("total", self)]:
+            trained = _count(p for p in module.parameters() if p.requires_grad)
+            size = sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
+            dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in module.parameters()})
+            class_name = "" if module is self else type(module).__name__
+            if name == "blocks":
+                class_name = f"{len(module)} {type(next(iter(module.values()))).__name__}"
+            frozen = _count(module.parameters()) - trained
+            rows.append((name, class_name, f"{trained:,}", f"{frozen:,}", ", ".join(dtypes), f"{size / 2**20:,.1f}"))
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        lines = [
+            "  ".join(
+                cell.ljust(width) if column in (0, 1, 4) else cell.rjust(width)
+                for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+            for row in rows
+        ]
+        name, layers = find_decoder_layers(self.language_model, self.config.decoder_layers)
+        indices = ", ".join(map(str, self.injector.layer_indices))
+        height, width = self.vision_encoder.image_size
+        patches = "x".join(map(str, self.vision_encoder.layout.grid))
+        lines += [
+            "",
+            f"blocks before {len(self.injector.layer_indices)} of {len(layers)} decoder layers ({name}): {indices}",
+            f"a token sees: {self.config.attend}; gating: {self.config.gating}; "
+            f"images: {height}x{width} to {patches} patches of {self.vision_encoder.vision_dim} features",
+        ]
+        return "\n".join(lines)
+
+
+# What of the language model's output is passed on. Everything else would not survive the copies that FSDP and DDP make.
+_PASSED_ON = ("past_key_values", "cache_params", "state", "hidden_states", "attentions")
+# What a language model may not know, and can do without: it has no positions, or gives all logits.
+_OPTIONAL = ("position_ids", "logits_to_keep", "use_cache")
+
+
+def _make_vision_encoder(config: FlamingoConfig) -> VisionEncoder:
+    vision: Any = config.vision_config
+    if vision.architecture is None:
+        raise ValueError(
+            "this Flamingo was built around a vision encoder that timm cannot make by name; make one yourself and pass "
+            "it as vision_encoder=VisionEncoder(backbone, image_size=...), also to from_pretrained"
+        )
+    return VisionEncoder.from_timm(
+        vision.architecture,
+        image_size=None if vision.image_size is None else tuple(vision.image_size),
+        channels=vision.channels,
+        model_args=vision.model_args,
+    )
+
+
+def _make_resampler(config: FlamingoConfig, vision_dim: int) -> Any:
+    dim = config.resampler_dim or vision_dim
+    sizes: dict[str, Any] = {"dim": dim, "vision_dim": vision_dim, "max_frames": config.max_frames}
+    feed_forward = partial(FeedForward, hidden=config.resampler_hidden)
+    match config.resampler:
+        case "perceiver":
+            return PerceiverResampler(
+                **sizes,
+                depth=config.resampler_depth,
+                heads=config.resampler_heads,
+                head_dim=config.resampler_head_dim or max(1, dim // config.resampler_heads),
+                latents=config.num_latents,
+                feed_forward=feed_forward,
+            )
+        case "mlp":
+            return MLPResampler(**sizes, feed_forward=feed_forward)
+        case "transformer":
+            return TransformerResampler(
+                **sizes,
+                depth=config.resampler_depth,
+                heads=config.resampler_heads,
+                hidden=config.resampler_hidden,
+            )
+        case "mean_pool":
+            return MeanPoolResampler(**sizes)
+    raise ValueError(f"resampler must be perceiver, mlp, transformer or mean_pool, got {config.resampler!r}")
+
+
+def _make_block(config: FlamingoConfig, dim: int, media_dim: int) -> GatedCrossAttentionBlock:
+    heads = config.cross_attention_heads or getattr(config.get_text_config(), "num_attention_heads", None)
+    if not isinstance(heads, int) or heads < 1 or dim % heads:
+        heads = max(1, dim // 64)
+    block = GatedCrossAttentionBlock(
+        dim=dim,
+        media_dim=media_dim,
+        heads=heads,
+        head_dim=config.cross_attention_head_dim or dim // heads,
+        kv_heads=config.cross_attention_kv_heads,
+        feed_forward=partial(FeedForward, hidden=config.cross_attention_hidden),
+        gate_per_channel=config.gating == "tanh_per_channel",
+        gate_init=config.gate_init,
+    )
+    if config.gating == "none":
+        block.gate, block.gate_feed_forward = nn.Identity(), nn.Identity()
+    return block
+
+
+def _dtype(name: str | None, lm: PreTrainedModel) -> torch.dtype:
+    return lm.dtype if name is None else getattr(torch, name)
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _non_persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
+    persistent = set(module.state_dict())
+    return {name: buffer for name, buffer in module.named_buffers() if name not in persistent}
+
+
+def _argument_names(function: Any) -> set[str]:
+    return set(inspect.signature(function).parameters)
+
+
+def _with_id(ids: int | list[int] | None, token_id: int) -> list[int]:
+    before = [ids] if isinstance(ids, int) else list(ids or ())
+    return before if token_id in before else [*before, token_id]
+
+
+def _count(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(parameter.numel() for parameter in parameters)
+
+
+def _check_num_frames(num_frames: Tensor, media: Tensor) -> None:
+    if num_frames.shape != media.shape[:2]:
+        raise ValueError(f"num_frames must have shape {tuple(media.shape[:2])}, got {tuple(num_frames.shape)}")
+    if torch.compiler.is_compiling():
+        return
+    on_host = num_frames.cpu()
+    frames = media.shape[2]
+    if ((on_host < 0) | (on_host > frames)).any():
+        raise ValueError(f"num_frames must be in 0..{frames}, the frames there are, got {on_host.tolist()}")
+    is_real = on_host > 0
+    if (is_real[:, 1:] & ~is_real[:, :-1]).any():
+        raise ValueError(f"padding media, of 0 frames, must come last in their row, got {on_host.tolist()}")
