@@ -3,7 +3,7 @@
 import copy
 from dataclasses import fields
 from difflib import get_close_matches
-from typing import Any, Literal, no_type_check
+from typing import Any, ClassVar, Literal, no_type_check
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
@@ -17,8 +17,8 @@ class FlamingoVisionConfig(PreTrainedConfig):
     """Which timm model the vision encoder is, and for which images.
 
     Args:
-        architecture: Name for `timm.create_model`, without weights' tag. None: a model that timm cannot make by name; it
-            must be passed to the model as an instance, also in `from_pretrained`.
+        architecture: Name for `timm.create_model`, without weights' tag. None: a model that timm cannot make by name;
+            it must be passed to the model as an instance, also in `from_pretrained`.
         model_args: Further arguments of `timm.create_model`, e.g. `{"output_stride": 8}`.
         image_size: Height and width of the images. None: what the model was made for.
         channels: Of the images.
@@ -32,12 +32,12 @@ class FlamingoVisionConfig(PreTrainedConfig):
     image_size: int | list[int] | tuple[int, ...] | None = None
     channels: int = 3
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         if isinstance(self.image_size, int):
             self.image_size = [self.image_size, self.image_size]
         if self.image_size is not None:
             self.image_size = list(self.image_size)
-        super().__post_init__(**kwargs)
+        super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
 
 
 @strict
@@ -83,7 +83,7 @@ class FlamingoConfig(PreTrainedConfig):
     """
 
     model_type = "flamingo"
-    sub_configs = {"text_config": AutoConfig, "vision_config": FlamingoVisionConfig}
+    sub_configs: ClassVar = {"text_config": AutoConfig, "vision_config": FlamingoVisionConfig}
 
     text_config: PreTrainedConfig | dict[str, Any] | None = None
     vision_config: PreTrainedConfig | dict[str, Any] | None = None
@@ -111,7 +111,7 @@ class FlamingoConfig(PreTrainedConfig):
     trained_dtype: str | None = None
     vision_dtype: str | None = None
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         names = [field.name for field in fields(self)]
         for name in kwargs:
             # transformers keeps names that it does not know as attributes; a slip of the pen must not get lost there.
@@ -136,4 +136,4 @@ class FlamingoConfig(PreTrainedConfig):
             self.end_of_chunk_token_id = self.image_token_id + 1
         if self.new_token_ids is None:
             self.new_token_ids = [self.image_token_id, self.end_of_chunk_token_id]
-        super().__post_init__(**kwargs)
+        super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]

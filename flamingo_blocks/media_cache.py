@@ -1,7 +1,7 @@
 """MediaCache: what a model keeps of its media while it generates, beside the language model's own cache.
 
-Media are encoded once and projected once per layer. It is no tensor on purpose: `generate` repeats tensors for each beam,
-while the beams of a row share their media.
+Media are encoded once and projected once per layer. It is no tensor on purpose: `generate` repeats tensors for each
+beam, while the beams of a row share their media.
 """
 
 from collections.abc import Mapping

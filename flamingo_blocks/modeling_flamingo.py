@@ -6,7 +6,7 @@ Source: Alayrac et al. 2022 (Flamingo).
 import copy
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from flamingo_blocks.blocks import (
     FeedForward,
@@ -37,7 +37,7 @@ from flamingo_blocks.injection import LMLayerInjector
 from flamingo_blocks.language import find_decoder_layers, find_hidden_size
 from flamingo_blocks.media_cache import MediaCache
 from flamingo_blocks.new_tokens import NewTokens
-from flamingo_blocks.vision import VisionEncoder
+from flamingo_blocks.vision import VisionEncoder, image_size_of
 
 
 @dataclass
@@ -91,7 +91,7 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
     config: FlamingoConfig
     config_class = FlamingoConfig
     main_input_name = "input_ids"
-    input_modalities = ("image", "text")
+    input_modalities = ["image", "text"]  # noqa: RUF012
     supports_gradient_checkpointing = True
     # What the language model supports is checked when it is made; this model adds no other attention of that kind.
     _supports_sdpa = True
@@ -119,8 +119,8 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         lm = auto_model.from_config(config.text_config) if language_model is None else language_model
         if not isinstance(lm, PreTrainedModel) or lm.get_output_embeddings() is None:
             raise ValueError(
-                f"language_model must be a causal language model of transformers, with a head, got {type(lm).__name__}; "
-                "load it with AutoModelForCausalLM"
+                f"language_model must be a causal language model of transformers, with a head, got {type(lm).__name__}"
+                "; load it with AutoModelForCausalLM"
             )
         self.language_model: Any = lm
         self.vision_encoder = _make_vision_encoder(config) if vision_encoder is None else vision_encoder
@@ -134,14 +134,15 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.injector = LMLayerInjector(blocks).inject(layers)
         self.new_tokens: NewTokens | None = None
         if config.new_token_ids:
-            embedding, head = lm.get_input_embeddings(), lm.get_output_embeddings()
+            embedding: Any = lm.get_input_embeddings()
+            head: Any = lm.get_output_embeddings()
             self.new_tokens = NewTokens(
                 config.new_token_ids,
                 vocab_size=head.weight.shape[0],
                 embedding_dim=embedding.weight.shape[1],
                 head_dim=head.weight.shape[1],
             )
-            if not is_meta and not head.weight.is_meta:
+            if not head.weight.is_meta:
                 self.new_tokens.start_from(lm)
             self.new_tokens.inject(lm)
         for part in (self.resampler, self.injector, self.new_tokens):
@@ -155,14 +156,15 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if not is_meta:
             for module in self.modules():
                 module._is_hf_initialized = True  # type: ignore[assignment]
-        self.post_init()
+        super().post_init()  # type: ignore[no-untyped-call]
 
     # ------------------------------------------------------------ what is trained
 
     def freeze(self) -> None:
         """Freeze the parts that `config.freeze` names, and unfreeze the other backbones."""
-        self.language_model.requires_grad_("language_model" not in self.config.freeze)
-        if "vision_encoder" in self.config.freeze:
+        frozen = self.config.freeze or ()
+        self.language_model.requires_grad_("language_model" not in frozen)
+        if "vision_encoder" in frozen:
             self.vision_encoder.freeze()
         else:
             self.vision_encoder.unfreeze()
@@ -187,10 +189,10 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: If shapes are wrong, or `num_frames` says what cannot be.
         """
-        if (pixel_values is None) == (vision_features is None):
-            raise ValueError("give either pixel_values or vision_features")
-        if vision_features is None:
+        if pixel_values is not None and vision_features is None:
             vision_features = self._encode_frames(pixel_values, num_frames)
+        elif pixel_values is not None or vision_features is None:
+            raise ValueError("give either pixel_values or vision_features")
         elif num_frames is not None:
             _check_num_frames(num_frames, vision_features)
         return self.resampler(vision_features, num_frames)
@@ -335,7 +337,7 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
             if value is not None and (name in accepted or name not in _OPTIONAL)
         }
         others = {name: value for name, value in others.items() if name != "num_items_in_batch"}
-        tokens = nullcontext()
+        tokens: AbstractContextManager[None] = nullcontext()
         if self.new_tokens is not None:
             # With embeddings instead of ids there is nothing to look up, but there are logits to give.
             ids = text.new_zeros(text.shape[:2], dtype=torch.long) if input_ids is None else input_ids
@@ -349,7 +351,8 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def _is_image(self, text: Tensor) -> Tensor:
         if text.is_floating_point():  # embeddings tell no tokens
             return torch.zeros(text.shape[:2], dtype=torch.bool, device=text.device)
-        return text == self.config.image_token_id
+        is_image: Tensor = text == torch.as_tensor(self.config.image_token_id, device=text.device)
+        return is_image
 
     def _encode(
         self, batch: int, pixel_values: Tensor | None, num_frames: Tensor | None, vision_features: Tensor | None
@@ -415,7 +418,8 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         media, num_media = self._encode(len(input_ids), pixel_values, num_frames, vision_features)
         media_cache.add_media(self.injector.project_media(media), num_media)
         media_cache.add_text(self._is_image(text), num_media, start=start, attend=self.config.attend)
-        return super().generate(inputs, *args, media_cache=media_cache, **kwargs)
+        transformers_generate: Any = super().generate  # type: ignore[misc]
+        return transformers_generate(inputs, *args, media_cache=media_cache, **kwargs)
 
     @staticmethod
     def _new_text(input_ids: Tensor, past_key_values: Any, attention_mask: Tensor | None) -> tuple[Tensor, int]:
@@ -424,7 +428,7 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         is_whole = attention_mask is None or attention_mask.shape[1] == input_ids.shape[1]
         return (input_ids[:, start:] if is_whole else input_ids), start
 
-    def prepare_inputs_for_generation(
+    def prepare_inputs_for_generation(  # type: ignore[override]
         self, input_ids: Tensor, media_cache: MediaCache | None = None, **kwargs: Any
     ) -> dict[str, Any]:
         """Prepare a step: the language model's own way, and what the step's tokens see."""
@@ -526,7 +530,7 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
             buffer.copy_(originals[name])
         self._buffers_to_restore = None
 
-    def _set_gradient_checkpointing(
+    def _set_gradient_checkpointing(  # type: ignore[override]
         self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, **kwargs: Any
     ) -> None:
         # Where transformers recomputes a layer with its hooks, the blocks must find their media again.
@@ -599,7 +603,7 @@ def _make_vision_encoder(config: FlamingoConfig) -> VisionEncoder:
         )
     return VisionEncoder.from_timm(
         vision.architecture,
-        image_size=None if vision.image_size is None else tuple(vision.image_size),
+        image_size=image_size_of(vision),
         channels=vision.channels,
         model_args=vision.model_args,
     )
@@ -648,7 +652,8 @@ def _make_block(config: FlamingoConfig, dim: int, media_dim: int) -> GatedCrossA
         gate_init=config.gate_init,
     )
     if config.gating == "none":
-        block.gate, block.gate_feed_forward = nn.Identity(), nn.Identity()
+        gates: Any = block
+        gates.gate, gates.gate_feed_forward = nn.Identity(), nn.Identity()
     return block
 
 
@@ -675,7 +680,7 @@ def _argument_names(function: Any) -> set[str]:
     return set(inspect.signature(function).parameters)
 
 
-def _with_id(ids: int | list[int] | None, token_id: int) -> list[int]:
+def _with_id(ids: int | list[int] | None, token_id: Any) -> list[int]:
     before = [ids] if isinstance(ids, int) else list(ids or ())
     return before if token_id in before else [*before, token_id]
 

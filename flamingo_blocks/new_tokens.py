@@ -19,9 +19,9 @@ from flamingo_blocks.scopes import Opened, Scopes
 class NewTokens(nn.Module):
     """Embed tokens that are new to a language model, and give their logits.
 
-    Inside a scope, the language model's input embedding returns the new tokens' own rows where the text has them, and its
-    head gives their logits: appended to the old ones, or, where an id lies within a padded vocabulary, in place of
-    logits that belonged to no token. The old tokens' embeddings and logits are those of the language model, bit for bit.
+    Inside a scope, the language model's input embedding returns the new tokens' own rows where the text has them, and
+    its head gives their logits: appended to the old ones, or, where an id lies within a padded vocabulary, in place of
+    logits that belonged to no token. Old tokens keep the language model's embeddings and logits, bit for bit.
 
     Args:
         token_ids: Ids of the new tokens. Those beyond the head's vocabulary continue it without a gap.

@@ -322,7 +322,7 @@ MUTANTS = [
         "a recomputed block reads the scope of the moment",
         INJECTION,
         "checkpoint(block, hidden_states, media, scope.runs, use_reentrant=False)",
-        "checkpoint(lambda h: block(h, self._scopes.entries[0][0].media, scope.runs), hidden_states, use_reentrant=False)",
+        "checkpoint(lambda h: block(h, self._scopes.entries[0][0].media, scope.runs), hidden_states, use_reentrant=False)",  # noqa: E501
         "tests/test_injection.py::test_checkpointing_by_transformers_gives_equal_gradients",
     ),
     Mutant(

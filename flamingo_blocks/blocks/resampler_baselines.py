@@ -1,7 +1,7 @@
 """What the paper compares its Perceiver Resampler with: an MLP and a Transformer; and the mean of the features.
 
-Each takes what `PerceiverResampler` takes and gives what it gives, so that any of them can stand in its place. The first
-two give one latent a patch, so that their output, other than the resampler's, grows with the image.
+Each takes what `PerceiverResampler` takes and gives what it gives, so that any of them can stand in its place. The
+first two give one latent a patch, so that their output, other than the resampler's, grows with the image.
 
 Source: Alayrac et al. 2022 (Flamingo), table 3 (vi). The paper does not tell how its two baselines treat video; here
 each frame is processed and the real frames of a medium are averaged, patch by patch.

@@ -1,0 +1,371 @@
+"""build_flamingo: a Flamingo from any decoder of transformers and any backbone of timm."""
+
+import copy
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import contextmanager
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal, TypedDict, Unpack, get_args
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AddedToken,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from flamingo_blocks.blocks import Attend
+from flamingo_blocks.configuration_flamingo import FlamingoConfig, FlamingoVisionConfig
+from flamingo_blocks.injection import select_layers
+from flamingo_blocks.language import find_decoder_layers
+from flamingo_blocks.modeling_flamingo import FlamingoForConditionalGeneration
+from flamingo_blocks.processing_flamingo import FlamingoImageProcessor, FlamingoProcessor, special_token_id
+from flamingo_blocks.vision import VisionEncoder, image_size_of
+
+Part = Literal["language_model", "vision_encoder"]
+
+
+class FlamingoSizes(TypedDict, total=False):
+    """Sizes of the trained parts; see `FlamingoConfig`."""
+
+    cross_attention_heads: int
+    cross_attention_head_dim: int
+    cross_attention_kv_heads: int
+    cross_attention_hidden: int
+    gate_init: float
+    resampler_dim: int
+    resampler_depth: int
+    resampler_heads: int
+    resampler_head_dim: int
+    resampler_hidden: int
+    num_latents: int
+    max_frames: int
+
+
+def build_flamingo(
+    language_model: str | Path | PreTrainedConfig | PreTrainedModel,
+    vision_encoder: str | Path | FlamingoVisionConfig | nn.Module,
+    *,
+    tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
+    cross_attention_every: int = 1,
+    layers: Sequence[int] | Literal["middle"] | None = None,
+    decoder_layers: str | None = None,
+    resampler: Literal["perceiver", "mlp", "transformer", "mean_pool"] = "perceiver",
+    attend: Attend = "last",
+    gating: Literal["tanh", "tanh_per_channel", "none"] = "tanh",
+    freeze: Collection[Part] = ("language_model", "vision_encoder"),
+    image_size: int | tuple[int, int] | None = None,
+    channels: int = 3,
+    image_token: str = "<image>",
+    end_of_chunk_token: str = "<EOC>",
+    dtype: torch.dtype | None = None,
+    trained_dtype: torch.dtype = torch.float32,
+    **sizes: Unpack[FlamingoSizes],
+) -> tuple[FlamingoForConditionalGeneration, FlamingoProcessor]:
+    """Join a language model and a vision encoder to a Flamingo, which starts as the language model, exactly.
+
+    Every default is the paper's choice; the other values are its ablations (table 3), and more.
+
+    Args:
+        language_model: A causal language model: its id on the hub, the path of a local copy, a model, or a
+            configuration, for one that is trained from scratch. A model is not copied; the blocks go into it.
+        vision_encoder: A timm model: its name, with pretrained weights; the path of a local copy (`config.json` and
+            weights, as timm saves for the hub); a model, as it is; or a `FlamingoVisionConfig`, for one with random
+            weights.
+        tokenizer: The tokenizer, its id or path. None: the language model's own. It is copied, and gets the special
+            tokens that it lacks.
+        cross_attention_every: A block before decoder layers 0, n, 2n, ... 1, the default, is the paper's best (its 3B
+            model); 4 costs half the training time for 1.9 points less (table 3, v) and is what its 9B model does.
+        layers: Instead: the indices of the decoder layers that get a block, or `"middle"` for a single one.
+        decoder_layers: Dotted name of the list of decoder layers, where it is not found by itself.
+        resampler: What turns features into latents.
+        attend: Which media a token sees, see `flamingo_blocks.media_ranges`.
+        gating: How the blocks' output is gated. Without a gate, the model does not start as the language model.
+        freeze: Parts that are not trained. `()` trains everything.
+        image_size: Height and width of the images. None: what the backbone was made for. The paper: 320.
+        channels: Of the images.
+        image_token: Stands for a medium in the text. A special token of that name is used again, if there is one.
+        end_of_chunk_token: Ends what belongs to a medium; generation stops there.
+        dtype: Of language model and vision encoder. None: as they are, or as their checkpoints. The paper: bfloat16.
+        trained_dtype: Of resampler, blocks and new tokens. The paper: float32.
+        **sizes: Sizes of the trained parts, see `FlamingoConfig`, e.g. `num_latents=32`.
+
+    Returns:
+        The model, in eval mode, and its processor.
+
+    Raises:
+        ValueError: If the parts cannot be joined; the message says what to do.
+        TypeError: If an option is unknown; the message names the nearest one.
+        OSError: If an id or path cannot be loaded.
+
+    Example:
+        ```python
+        from transformers import GPT2Config, PreTrainedTokenizerFast
+        from tokenizers import Tokenizer, models, pre_tokenizers
+
+        from flamingo_blocks import build_flamingo
+        from flamingo_blocks.configuration_flamingo import FlamingoVisionConfig
+
+        # With network: build_flamingo("gpt2", "vit_base_patch16_clip_224.openai", cross_attention_every=4)
+        words = Tokenizer(models.WordLevel({"a": 0, "cat": 1, "?": 2}, unk_token="?"))
+        words.pre_tokenizer = pre_tokenizers.Whitespace()
+        model, processor = build_flamingo(
+            GPT2Config(vocab_size=64, n_embd=64, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0),
+            FlamingoVisionConfig(architecture="test_vit", image_size=32),
+            tokenizer=PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?", pad_token="?"),
+            num_latents=4,
+        )
+        print(model.summary())
+        ```
+
+    Source: Alayrac et al. 2022, section 2 and table 3.
+    """
+    _check_options(sizes, freeze)
+    lm, found = _load_language_model(language_model, dtype)
+    encoder, vision_config = _load_vision_encoder(vision_encoder, image_size, channels, dtype)
+    tokenizer = _load_tokenizer(tokenizer, found)
+    vocab_size = lm.get_input_embeddings().weight.shape[0]
+    new_token_ids = add_special_tokens(tokenizer, [image_token, end_of_chunk_token], vocab_size=vocab_size)
+    _, all_layers = find_decoder_layers(lm, decoder_layers)
+    config = FlamingoConfig(
+        text_config=lm.config,
+        vision_config=vision_config,
+        cross_attention_layers=list(select_layers(len(all_layers), every=cross_attention_every, layers=layers)),
+        decoder_layers=decoder_layers,
+        resampler=resampler,
+        attend=attend,
+        gating=gating,
+        freeze=sorted(freeze),
+        image_token_id=special_token_id(tokenizer, image_token),
+        end_of_chunk_token_id=special_token_id(tokenizer, end_of_chunk_token),
+        new_token_ids=new_token_ids,
+        trained_dtype=str(trained_dtype).removeprefix("torch."),
+        **sizes,
+    )
+    model: Any = FlamingoForConditionalGeneration(config, language_model=lm, vision_encoder=encoder)
+    model.eval()
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    check_injection(model)
+    image_processor = FlamingoImageProcessor.from_timm(
+        encoder.backbone, image_size=encoder.image_size, channels=encoder.channels
+    )
+    processor = FlamingoProcessor(
+        image_processor, tokenizer, image_token=image_token, end_of_chunk_token=end_of_chunk_token
+    )
+    return model, processor
+
+
+def add_special_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str], *, vocab_size: int) -> list[int]:
+    """Add special tokens to a tokenizer that lacks them.
+
+    Args:
+        tokenizer: It is changed.
+        tokens: E.g. `<image>` and `<EOC>`.
+        vocab_size: Rows of the language model's embedding.
+
+    Returns:
+        Ids of the tokens that were not there before.
+
+    Raises:
+        ValueError: If a token is an ordinary word already, or the tokenizer knows more tokens than the language model.
+    """
+    if len(tokenizer) > vocab_size:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens, but the language model only {vocab_size}; this is another "
+            "model's tokenizer"
+        )
+    if len(set(tokens)) != len(tokens):
+        raise ValueError(f"image_token and end_of_chunk_token must differ, got {tokens[0]!r} for both")
+    known = tokenizer.get_vocab()
+    missing = [token for token in tokens if token not in known]
+    # Not normalised: <EOC> must not become <eoc>, which a text might hold.
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in missing], special_tokens=True)
+    for token in tokens:
+        special_token_id(tokenizer, token)
+    return [special_token_id(tokenizer, token) for token in missing]
+
+
+@torch.no_grad()
+def check_injection(model: FlamingoForConditionalGeneration) -> None:
+    """Run a model once on three tokens, to see that its language model is one that blocks can stand in.
+
+    Args:
+        model: A new model. On the meta device there is nothing to run, and nothing is checked.
+
+    Raises:
+        ValueError: If blocks are not run once each and in the order of the layers, or hidden states or logits are not
+            what they should be.
+    """
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return
+    lm = model.language_model
+    name = type(lm).__name__
+    called: list[int] = []
+
+    def record(index: int) -> Any:
+        return lambda *_: called.append(index)
+
+    blocks = model.injector.blocks
+    handles = [blocks[str(i)].register_forward_pre_hook(record(i)) for i in model.injector.layer_indices]
+    # Two rows of three tokens: a language model that puts time before batch cannot hide.
+    input_ids = torch.tensor([[0, 1, model.config.end_of_chunk_token_id]] * 2, device=lm.device)
+    try:
+        logits: Tensor = model(input_ids, use_cache=False).logits
+    except Exception as error:
+        raise ValueError(f"{name} with blocks does not run on plain token ids: {error}") from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    if called != list(model.injector.layer_indices):
+        raise ValueError(
+            f"{name} should run its decoder layers {list(model.injector.layer_indices)} once each in this order, "
+            f"but ran {called}; name another list of layers with decoder_layers"
+        )
+    beyond = [i for i in model.config.new_token_ids or () if i >= lm.get_output_embeddings().weight.shape[0]]
+    expected = (2, 3, lm.get_output_embeddings().weight.shape[0] + len(beyond))
+    if tuple(logits.shape) != expected:
+        raise ValueError(
+            f"{name} should give logits of shape {expected} with the new tokens, got {tuple(logits.shape)}; its "
+            "head is not used in the usual way, and new tokens cannot be added to it"
+        )
+
+
+def _check_options(sizes: Mapping[str, Any], freeze: Collection[str]) -> None:
+    known = [*FlamingoSizes.__annotations__]
+    named = [name for name in build_flamingo.__annotations__ if name not in ("sizes", "return")]
+    for name in sizes:
+        if name not in known:
+            nearest = get_close_matches(name, [*known, *named], n=1, cutoff=0)[0]
+            raise TypeError(f"build_flamingo has no option {name!r}; did you mean {nearest!r}?")
+    for part in [freeze] if isinstance(freeze, str) else freeze:
+        if part not in get_args(Part) or isinstance(freeze, str):
+            raise ValueError(f'freeze must be a collection of "language_model" and "vision_encoder", got {freeze!r}')
+
+
+def _load_language_model(
+    language_model: str | Path | PreTrainedConfig | PreTrainedModel, dtype: torch.dtype | None
+) -> tuple[Any, str]:
+    """Give the language model, and where its tokenizer may be found."""
+    auto_model: Any = AutoModelForCausalLM
+    if isinstance(language_model, PreTrainedConfig):
+        lm = auto_model.from_config(language_model, dtype=dtype or language_model.dtype or torch.float32)
+    elif isinstance(language_model, str | Path):
+        with _loading("language_model", language_model):
+            lm = auto_model.from_pretrained(language_model, dtype=dtype or "auto")
+    elif isinstance(language_model, nn.Module):
+        lm = language_model if dtype is None else nn.Module.to(language_model, dtype)
+    else:
+        raise ValueError(
+            "language_model must be an id, a path, a configuration or a causal language model of transformers, got "
+            f"{type(language_model).__name__}"
+        )
+    if not isinstance(lm, PreTrainedModel) or lm.get_output_embeddings() is None:
+        raise ValueError(
+            f"language_model must be a causal language model of transformers, with a head, got {type(lm).__name__}; "
+            "load it with AutoModelForCausalLM"
+        )
+    return lm.eval(), lm.config.name_or_path or ""
+
+
+def _load_vision_encoder(
+    vision_encoder: str | Path | FlamingoVisionConfig | nn.Module,
+    image_size: int | tuple[int, int] | None,
+    channels: int,
+    dtype: torch.dtype | None,
+) -> tuple[VisionEncoder, FlamingoVisionConfig]:
+    model_args: dict[str, Any] | None = None
+    encoder: VisionEncoder
+    if isinstance(vision_encoder, VisionEncoder):
+        encoder = vision_encoder
+    elif isinstance(vision_encoder, FlamingoVisionConfig):
+        if vision_encoder.architecture is None:
+            raise ValueError("vision_encoder must name an architecture of timm, or be a model, got no architecture")
+        model_args = vision_encoder.model_args
+        encoder = VisionEncoder.from_timm(
+            vision_encoder.architecture,
+            image_size=image_size or image_size_of(vision_encoder),
+            channels=vision_encoder.channels,
+            model_args=model_args,
+        )
+    elif isinstance(vision_encoder, str | Path):
+        name = str(vision_encoder)
+        is_local = Path(name).is_dir()
+        with _loading("vision_encoder", name):
+            encoder = VisionEncoder.from_timm(
+                f"local-dir:{name}" if is_local else name, pretrained=True, image_size=image_size, channels=channels
+            )
+    elif isinstance(vision_encoder, nn.Module):
+        encoder = VisionEncoder(vision_encoder, image_size=image_size, channels=channels)
+    else:
+        raise ValueError(
+            "vision_encoder must be a name of timm, a path, a FlamingoVisionConfig or a timm model, got "
+            f"{type(vision_encoder).__name__}"
+        )
+    return encoder.to(dtype=dtype), _describe(encoder, model_args)
+
+
+def _describe(encoder: VisionEncoder, model_args: dict[str, Any] | None) -> FlamingoVisionConfig:
+    """Write down how timm makes this backbone again; nothing, if it would make another one."""
+    architecture = (getattr(encoder.backbone, "pretrained_cfg", None) or {}).get("architecture")
+    config = FlamingoVisionConfig(
+        architecture=architecture,
+        model_args=model_args,
+        image_size=list(encoder.image_size),
+        channels=encoder.channels,
+    )
+    if architecture is not None:
+        try:
+            with torch.device("meta"):
+                again = VisionEncoder.from_timm(
+                    architecture, image_size=encoder.image_size, channels=encoder.channels, model_args=model_args
+                )
+        except Exception:
+            again = None
+        if again is None or _shapes(again.backbone) != _shapes(encoder.backbone):
+            config.architecture = None
+    return config
+
+
+def _shapes(module: nn.Module) -> tuple[str, dict[str, torch.Size]]:
+    """Parameters tell widths and depths; the printed tree tells strides and activations."""
+    return repr(module), {name: tensor.shape for name, tensor in module.state_dict().items()}
+
+
+def _load_tokenizer(tokenizer: Any, found: str) -> PreTrainedTokenizerBase:
+    if tokenizer is None and not found:
+        raise ValueError(
+            "this language model does not say where its tokenizer is; give tokenizer=, an id, a path or a tokenizer"
+        )
+    if isinstance(tokenizer, PreTrainedTokenizerBase):
+        tokenizer = copy.deepcopy(tokenizer)
+    elif tokenizer is None or isinstance(tokenizer, str | Path):
+        path = found if tokenizer is None else tokenizer
+        with _loading("tokenizer", path):
+            tokenizer = AutoTokenizer.from_pretrained(path)
+    else:
+        raise ValueError(f"tokenizer must be an id, a path or a tokenizer, got {type(tokenizer).__name__}")
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ValueError("the tokenizer has neither a padding nor an end-of-text token; set tokenizer.pad_token")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+@contextmanager
+def _loading(argument: str, name: str | Path) -> Any:
+    """Say what to do where something cannot be loaded."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, ValueError | TypeError) and not isinstance(error, OSError):
+            raise
+        raise OSError(
+            f"{argument}={str(name)!r} could not be loaded. There is no directory of that name here, and the hub "
+            "has no such model or cannot be reached. Without network, give the path of a local copy (a directory "
+            "written by save_pretrained, or for a backbone by timm's save_for_hf), or the model itself. "
+            f"The reason was: {type(error).__name__}: {error}"
+        ) from error
