@@ -71,6 +71,10 @@ class MediaCache:
         self._repeat_rows(batch // self.rows)
         old = next(iter(self.key_values.values())).keys.shape[1]
         new = next(iter(key_values.values())).keys.shape[1]
+        if old == 0 or new == 0:
+            self.key_values = dict(key_values) if old == 0 else self.key_values
+            self.num_media = self.num_media + num_media
+            return
         is_real = torch.cat([_first(old, self.num_media), _first(new, num_media)], dim=1)
         order = is_real.int().argsort(dim=1, descending=True, stable=True)
         self.num_media = self.num_media + num_media

@@ -5,8 +5,8 @@ Source: Alayrac et al. 2022 (Flamingo).
 
 import copy
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -109,12 +109,9 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if language_model is not None:
             config.text_config = language_model.config
         super().__init__(config)
-        # Under from_pretrained, modules are made without data and then filled from a file, which has no non-persistent
-        # buffers. Those of the backbone are restored in `_init_weights`.
-        self._buffers_to_restore: dict[str, Tensor] | None = None
+        # Under from_pretrained, modules are made without data, and all non-persistent buffers are lost.
         is_meta = torch.get_default_device().type == "meta"
-        if is_meta:
-            self._buffers_to_restore = _non_persistent_buffers(vision_encoder.backbone) if vision_encoder else {}
+        self._lost_buffers = _non_persistent_buffers(vision_encoder.backbone) if is_meta and vision_encoder else {}
         auto_model: Any = AutoModelForCausalLM
         lm = auto_model.from_config(config.text_config) if language_model is None else language_model
         if not isinstance(lm, PreTrainedModel) or lm.get_output_embeddings() is None:
@@ -429,9 +426,15 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return (input_ids[:, start:] if is_whole else input_ids), start
 
     def prepare_inputs_for_generation(  # type: ignore[override]
-        self, input_ids: Tensor, media_cache: MediaCache | None = None, **kwargs: Any
+        self,
+        input_ids: Tensor,
+        media_cache: MediaCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
     ) -> dict[str, Any]:
         """Prepare a step: the language model's own way, and what the step's tokens see."""
+        if inputs_embeds is not None:
+            kwargs["inputs_embeds"] = inputs_embeds
         inputs: dict[str, Any] = self.language_model.prepare_inputs_for_generation(input_ids, **kwargs)
         if media_cache is not None:
             text = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
@@ -494,6 +497,7 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """
         result = super().from_pretrained(*args, **kwargs)
         model = result[0] if isinstance(result, tuple) else result
+        model._restore_buffers()
         model.freeze()
         return result
 
@@ -508,9 +512,7 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Initialise what a checkpoint lacks. `init` leaves alone what was loaded."""
-        if isinstance(module, VisionEncoder):
-            self._restore_buffers()
-        elif isinstance(module, nn.Linear | nn.LayerNorm | MediaFeatures | PerceiverResampler | TanhGate | NewTokens):
+        if isinstance(module, nn.Linear | nn.LayerNorm | MediaFeatures | PerceiverResampler | TanhGate | NewTokens):
             module.reset_parameters()
         else:
             for parameter in module.parameters(recurse=False):
@@ -518,17 +520,12 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def _restore_buffers(self) -> None:
         """Give the backbone its non-persistent buffers, e.g. tables of positions, which no checkpoint holds."""
-        backbone = self.vision_encoder.backbone
-        names = _non_persistent_buffers(backbone)
-        if self._buffers_to_restore is None or not names:
-            return
-        originals = self._buffers_to_restore
-        if not originals:
-            with torch.device("cpu"), _default_dtype(torch.float32):
-                originals = _non_persistent_buffers(_make_vision_encoder(self.config).backbone)
-        for name, buffer in names.items():
-            buffer.copy_(originals[name])
-        self._buffers_to_restore = None
+        buffers = _non_persistent_buffers(self.vision_encoder.backbone)
+        if buffers and not self._lost_buffers:
+            self._lost_buffers = _non_persistent_buffers(_make_vision_encoder(self.config).backbone)
+        for name, buffer in buffers.items():
+            buffer.copy_(self._lost_buffers[name])
+        self._lost_buffers = {}
 
     def _set_gradient_checkpointing(  # type: ignore[override]
         self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, **kwargs: Any
@@ -659,16 +656,6 @@ def _make_block(config: FlamingoConfig, dim: int, media_dim: int) -> GatedCrossA
 
 def _dtype(name: str | None, lm: PreTrainedModel) -> torch.dtype:
     return lm.dtype if name is None else getattr(torch, name)
-
-
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def _non_persistent_buffers(module: nn.Module) -> dict[str, Tensor]:

@@ -98,7 +98,8 @@ class FlamingoImageProcessor(BaseImageProcessor):
 
         Args:
             images: PIL images of any mode, numpy arrays (height, width, channels), tensors (channels, height, width) or
-                paths. Integers are in 0..255 (0..65535 for 16 bit), floating-point numbers in 0..1.
+                paths. Integers are in 0..255 (0..65535 for 16 bits, also in PIL's mode I), floating-point numbers in
+                0..1; all are rounded to 8 bits. Images are turned upright, and lose their alpha channel.
             return_tensors: `"pt"` or `"np"`.
             **_: Settings of other image processors are ignored.
 
@@ -107,7 +108,10 @@ class FlamingoImageProcessor(BaseImageProcessor):
         """
         import timm.data
 
-        images = list(images) if isinstance(images, list | tuple) else [images]
+        if self.channels not in (1, 3):
+            raise ValueError(f"channels must be 1 or 3, got {self.channels}; make pixel_values of such images yourself")
+        is_batch = isinstance(images, list | tuple) or (isinstance(images, np.ndarray | Tensor) and images.ndim == 4)
+        images = list(images) if is_batch else [images]
         transform: Any = timm.data.create_transform(  # type: ignore[attr-defined]
             input_size=(self.channels, self.size["height"], self.size["width"]),
             is_training=False,
@@ -117,7 +121,13 @@ class FlamingoImageProcessor(BaseImageProcessor):
             crop_pct=self.crop_pct,
             crop_mode=self.crop_mode,
         )
-        pixels = [transform(_load(image, self.channels)) for image in images]
+        pixels = []
+        for i, image in enumerate(images):
+            try:
+                loaded = _load(image, self.channels)
+            except Exception as error:  # of many kinds, where a PIL image is read only now
+                raise ValueError(f"image {i}: {error}") from error
+            pixels.append(transform(loaded))
         shape = (0, self.channels, self.size["height"], self.size["width"])
         return BatchFeature(
             {"pixel_values": torch.stack(pixels) if pixels else torch.zeros(shape)}, tensor_type=return_tensors
@@ -216,7 +226,7 @@ class FlamingoProcessor(ProcessorMixin):
         if isinstance(text, str):
             text = [text]
         if not isinstance(text, list | tuple) or not all(isinstance(row, str) for row in text):
-            raise ValueError(f"text must be a string or a list of strings, got {type(text).__name__}")
+            raise ValueError(f"text must be a string or a list of strings, got {text!r:.80}")
         if images is not None and videos is not None:
             raise ValueError("give images and videos together as images, in the order of their <image> tokens")
         counts = [row.count(self.image_token) for row in text]
@@ -291,10 +301,11 @@ def _media_by_row(media: Any, counts: Sequence[int], *, are_videos: bool) -> lis
     is_medium = _is_video if are_videos else _is_image
     if is_medium(media):
         media = [media]
-    elif isinstance(media, np.ndarray | Tensor):
+    elif isinstance(media, np.ndarray | Tensor) and media.ndim > 3:
         media = list(media)
     if not isinstance(media, list | tuple):
-        raise ValueError(f"images must be {_KINDS}, or lists of them, got {type(media).__name__}")
+        wanted = "videos must be lists of frames" if are_videos else f"images must be {_KINDS}, or lists of them"
+        raise ValueError(f"{wanted}, got {_kind(media)}")
     if media and all(row is None or (isinstance(row, list | tuple) and not is_medium(row)) for row in media):
         if len(media) != len(counts):
             raise ValueError(f"there are {len(counts)} texts, but media for {len(media)}; give one list a text")
@@ -327,71 +338,85 @@ def _frames(medium: Any) -> list[Any]:
     """Give the frames of a medium; an image has one."""
     if _is_image(medium):
         return [medium]
+    if (isinstance(medium, list | tuple) or _is_video(medium)) and not len(medium):
+        raise ValueError("a video must have at least one frame, got none")
     if _is_video(medium):
         return list(medium)
-    if isinstance(medium, list | tuple) and not medium:
-        raise ValueError("a video must have at least one frame, got none")
-    kind = (
-        f"{type(medium).__name__} of shape {tuple(medium.shape)}" if hasattr(medium, "shape") else type(medium).__name__
-    )
-    raise ValueError(f"an image must be {_KINDS}, a video a list of such images, got {kind}")
+    raise ValueError(f"an image must be {_KINDS}, a video a list of such images, got {_kind(medium)}")
 
 
-def _load(image: Any, channels: int) -> Image.Image | Tensor:
-    """Bring an image to a PIL image of 8 bits, or to a tensor in 0..1, with the right number of channels."""
+def _kind(value: Any) -> str:
+    name = type(value).__name__
+    return f"{name} of shape {tuple(value.shape)}" if hasattr(value, "shape") else name
+
+
+def _load(image: Any, channels: int) -> Image.Image:
+    """Bring an image to an upright PIL image of 8 bits, in colour or grey."""
     if isinstance(image, str | Path):
         image = _open(image)
-    if isinstance(image, Image.Image):
-        if image.mode in ("I;16", "I;16L", "I;16B", "I", "F"):
-            return _load(np.array(image).astype(np.uint16 if image.mode.startswith("I;16") else np.float32), channels)
-        return ImageOps.exif_transpose(image).convert({1: "L", 3: "RGB"}.get(channels, image.mode))
-    if not isinstance(image, np.ndarray | Tensor):
+    elif isinstance(image, np.ndarray | Tensor):
+        image = _from_array(image)
+    elif not isinstance(image, Image.Image):
         raise ValueError(f"an image must be {_KINDS}, got {type(image).__name__}")
-    pixels = torch.as_tensor(
-        image.astype(np.int32) if isinstance(image, np.ndarray) and image.dtype == np.uint16 else image
-    )
-    if pixels.ndim == 2:
-        pixels = pixels[None]
-    elif isinstance(image, np.ndarray) and image.ndim == 3 and image.shape[-1] in (1, 2, 3, 4):
-        pixels = pixels.permute(2, 0, 1)
-    if pixels.ndim != 3 or pixels.shape[0] > 4:
-        raise ValueError(f"an image must be {_KINDS}, got shape {tuple(image.shape)}")
-    if pixels.is_floating_point():
-        pixels = pixels.float()
-        if not ((pixels >= 0) & (pixels <= 1)).all():
+    if 0 in image.size:
+        raise ValueError(f"an image must have at least one pixel, got width and height {image.size}")
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "I":
+        lowest, highest = image.getextrema()
+        if lowest < 0 or highest > 65535:
             raise ValueError(
-                "the floating-point numbers of an image must be in 0..1, got "
-                f"{pixels.min().item():g}..{pixels.max().item():g}; divide by 255, or give integers"
+                f"the numbers of an image of mode I must be in 0..65535, got {lowest}..{highest}; scale them first"
             )
-    elif isinstance(image, np.ndarray) and image.dtype == np.uint16:
-        pixels = pixels.float() / 65535
-    elif pixels.dtype == torch.uint8:
-        if pixels.shape[0] != 2:  # exactly what PIL makes of it
-            return _load(Image.fromarray(pixels.permute(1, 2, 0).squeeze(-1).cpu().numpy()), channels)
-        pixels = pixels.float() / 255
-    else:
-        raise ValueError(f"an image must hold 8-bit integers or floating-point numbers, got {pixels.dtype}")
-    return _convert_channels(pixels, channels)
+        image = _from_array(np.asarray(image).astype(np.uint16))
+    elif image.mode == "F" or image.mode.startswith("I;"):
+        image = _from_array(np.asarray(image))
+    return image.convert("L" if channels == 1 else "RGB")
 
 
 def _open(path: str | Path) -> Image.Image:
-    if not Path(path).is_file():
+    """Read a whole file here, so that a damaged one is named."""
+    name = repr(str(path)[:200])
+    try:
+        is_file = Path(path).is_file()
+    except OSError:  # longer than a path can be
+        is_file = False
+    if not is_file:
+        raise ValueError(f"there is no image file {name}; images are never fetched from elsewhere, load it first")
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image)
+    except Exception as error:  # decoders raise errors of many kinds
+        raise ValueError(f"{name} cannot be read as an image: {error}") from error
+
+
+def _from_array(image: np.ndarray | Tensor) -> Image.Image:
+    """Round the numbers to 8 bits, so that an image gives the same pixels, of whichever kind it is."""
+    if isinstance(image, Tensor):
+        tensor = image.detach().cpu()
+        array = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+    else:
+        array = image
+    if array.ndim == 2:
+        array = array[..., None]
+    elif array.ndim == 3 and (isinstance(image, Tensor) or array.shape[-1] > 4):
+        array = array.transpose(1, 2, 0)
+    if array.ndim != 3 or not 1 <= array.shape[-1] <= 4 or 0 in array.shape:
+        raise ValueError(f"an image must be {_KINDS}, got shape {tuple(image.shape)}")
+    if array.dtype.kind == "f":
+        if not ((array >= 0) & (array <= 1)).all():
+            raise ValueError(
+                "the floating-point numbers of an image must be in 0..1, got "
+                f"{array.min():g}..{array.max():g}; divide by 255, or give integers"
+            )
+        array = np.rint(255 * array.astype(np.float32))
+    elif array.dtype.kind == "u" and array.dtype.itemsize == 2:
+        array = np.rint(array / 257)
+    elif array.dtype != np.uint8:
         raise ValueError(
-            f"there is no image file {str(path)!r}; images are never fetched from elsewhere, load it first"
+            "an image must hold unsigned integers of 8 or 16 bits or floating-point numbers in 0..1, "
+            f"got {image.dtype}; convert it"
         )
-    return Image.open(path)
-
-
-def _convert_channels(pixels: Tensor, channels: int) -> Tensor:
-    if pixels.shape[0] in (2, 4):  # alpha
-        pixels = pixels[:-1]
-    if pixels.shape[0] == channels:
-        return pixels
-    if pixels.shape[0] == 1:
-        return pixels.expand(channels, -1, -1)
-    if channels == 1:  # PIL's weights
-        return (pixels * pixels.new_tensor([0.299, 0.587, 0.114])[:, None, None]).sum(0, keepdim=True)
-    raise ValueError(f"images must have {channels} channels, got {pixels.shape[0]}")
+    return Image.fromarray(array.astype(np.uint8).squeeze(-1) if array.shape[-1] == 1 else array.astype(np.uint8))
 
 
 def _for_channels(values: Sequence[float], channels: int) -> list[float]:

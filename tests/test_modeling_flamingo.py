@@ -1,0 +1,595 @@
+import copy
+import io
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from flamingo_blocks import FlamingoForConditionalGeneration, MediaCache, VisionEncoder, media_ranges
+from flamingo_blocks.blocks import MeanPoolResampler, MLPResampler, PerceiverResampler, TransformerResampler
+from tests.tiny_flamingo import VISION, Prompt, make_flamingo, make_tokenizer
+from tests.tiny_language_models import CONFIGS, VOCAB, make_lm
+
+every_lm = pytest.mark.parametrize("name", CONFIGS)
+# Every language model, and every backbone, at least once.
+every_pair = pytest.mark.parametrize(
+    ("lm", "vision"),
+    [*zip(CONFIGS, [*VISION, "vit"], strict=True), ("gpt2", "swin"), ("qwen3", "nfnet")],
+)
+GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 5}
+
+
+def known_image_token() -> Any:
+    """The language model knows `<image>` already: the same ids run with and without blocks. `<EOC>` is new."""
+    return make_tokenizer(specials=("<image>",))
+
+
+def trained(model: nn.Module) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+# ---------------------------------------------------------------- gate zero
+
+
+@every_pair
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gate_zero_is_the_base_lm_bit_for_bit(lm: str, vision: str, dtype: torch.dtype) -> None:
+    model, _ = make_flamingo(lm, vision, open_gates=False, dtype=dtype, tokenizer=known_image_token())
+    base, prompt = make_lm(lm, dtype=dtype).requires_grad_(False), Prompt.make(model)
+    expected = base(prompt.input_ids, output_hidden_states=True)
+    output = model(**prompt.inputs, output_hidden_states=True)
+    assert output.logits.shape[-1] == VOCAB + 1
+    assert torch.equal(output.logits[..., :VOCAB], expected.logits)
+    assert all(map(torch.equal, output.hidden_states, expected.hidden_states))
+
+
+@every_pair
+def test_gate_zero_generates_what_the_base_lm_generates(lm: str, vision: str) -> None:
+    model, _ = make_flamingo(lm, vision, open_gates=False, tokenizer=known_image_token())
+    base, prompt = make_lm(lm).requires_grad_(False), Prompt.make(model)
+    mask = torch.ones_like(prompt.input_ids)
+    # Two tokens more than the processor would need, to see them go different ways if they can.
+    options = {**GREEDY, "max_new_tokens": 7, "suppress_tokens": None}
+    expected = base.generate(prompt.input_ids, attention_mask=mask, **options)
+    assert torch.equal(model.generate(**prompt.inputs, **options), expected)
+
+
+@every_lm
+def test_text_alone_is_the_base_lms(name: str) -> None:
+    model, _ = make_flamingo(name, open_gates=False)
+    base = make_lm(name).requires_grad_(False)
+    input_ids = torch.randint(10, VOCAB, (2, 7))
+    mask = torch.ones_like(input_ids)
+    mask[0, :2] = 0
+    output, expected = model(input_ids, attention_mask=mask), base(input_ids, attention_mask=mask)
+    assert torch.equal(output.logits[..., :VOCAB], expected.logits)
+    mask.fill_(1)
+    generated = model.generate(input_ids, attention_mask=mask, **GREEDY)
+    assert torch.equal(generated, base.generate(input_ids, attention_mask=mask, **GREEDY))
+
+
+# ---------------------------------------------------------------- open gates
+
+
+@every_pair
+def test_open_gates_make_the_images_matter_from_their_token_on(lm: str, vision: str) -> None:
+    model, _ = make_flamingo(lm, vision)
+    prompt = Prompt.make(model)
+    with torch.no_grad():
+        before = model(**prompt.inputs).logits
+        prompt.pixel_values[0, 1, 0] += 1
+        after = model(**prompt.inputs).logits
+    changed = (before - after).abs().amax(-1) > 1e-6
+    assert changed[0].tolist() == [False] * 4 + [True] * 4
+    assert not changed[1].any()
+
+
+@every_pair
+def test_cached_decoding_equals_the_full_forward(lm: str, vision: str) -> None:
+    model, _ = make_flamingo(lm, vision)
+    prompt = Prompt.make(model)
+    output = model.generate(
+        **prompt.inputs, **GREEDY, eos_token_id=None, output_logits=True, return_dict_in_generate=True
+    )
+    full = model(output.sequences, prompt.pixel_values, prompt.num_frames, use_cache=False).logits
+    torch.testing.assert_close(torch.stack(output.logits, 1), full[:, 7:-1], atol=2e-5, rtol=1e-5)
+    uncached = model.generate(**prompt.inputs, **GREEDY, eos_token_id=None, use_cache=False)
+    assert torch.equal(uncached, output.sequences)
+
+
+@every_lm
+def test_a_padded_row_equals_the_unpadded_row(name: str) -> None:
+    model, _ = make_flamingo(name)
+    prompt = Prompt.make(model)
+    inputs = prompt.inputs
+    # Row 1 is three tokens shorter than row 0.
+    inputs["input_ids"][1, 5:] = 2
+    for side in ("right", "left"):
+        shift = 3 if side == "left" else 0
+        input_ids, mask = inputs["input_ids"].clone(), torch.ones_like(inputs["input_ids"])
+        input_ids[1] = input_ids[1].roll(shift)
+        mask[1] = torch.cat([torch.zeros(3), torch.ones(5)] if shift else [torch.ones(5), torch.zeros(3)])
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        with torch.no_grad():
+            together = model(**{**inputs, "input_ids": input_ids, "attention_mask": mask}, position_ids=positions)
+            alone = model(prompt.input_ids[1:, :5], prompt.pixel_values[1:, :1, :1])
+        torch.testing.assert_close(together.logits[1, shift : 5 + shift], alone.logits[0], atol=2e-5, rtol=1e-5)
+    generated = model.generate(**{**inputs, "input_ids": input_ids, "attention_mask": mask}, **GREEDY)
+    row = prompt.row(1)
+    expected = model.generate(row.input_ids[:, :5], pixel_values=row.pixel_values, num_frames=row.num_frames, **GREEDY)
+    assert torch.equal(generated[1, 8 : 8 + expected.shape[1] - 5], expected[0, 5:])
+
+
+def test_rows_are_independent_also_those_without_media() -> None:
+    model, _ = make_flamingo()
+    prompt = Prompt.make(model)
+    prompt.input_ids[1, 3] = 7
+    prompt.num_frames[1] = 0
+    with torch.no_grad():
+        together = model(**prompt.inputs).logits
+        torch.testing.assert_close(model(prompt.input_ids[1:]).logits, together[1:], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(model(**prompt.row(0).inputs).logits, together[:1], atol=1e-5, rtol=1e-5)
+
+
+def test_padding_frames_and_media_are_not_encoded_and_may_hold_anything() -> None:
+    model, _ = make_flamingo()
+    prompt = Prompt.make(model)
+    expected = model(**prompt.inputs).logits
+    encoded: list[int] = []
+    model.vision_encoder.register_forward_pre_hook(lambda _, images: encoded.append(len(images[0])))
+    prompt.pixel_values[0, 0, 1] = prompt.pixel_values[1, 0, 1] = prompt.pixel_values[1, 1] = torch.nan
+    assert torch.equal(model(**prompt.inputs).logits, expected)
+    assert encoded == [4], "1 + 2 frames in the first row, 1 in the second"
+    padded = torch.cat([prompt.pixel_values, prompt.pixel_values[:, :1]], dim=1)
+    num_frames = F.pad(prompt.num_frames, (0, 1))
+    torch.testing.assert_close(model(prompt.input_ids, padded, num_frames).logits, expected)
+
+
+def test_features_in_place_of_pixels_give_the_same() -> None:
+    model, _ = make_flamingo()
+    prompt = Prompt.make(model)
+    features = model.vision_encoder(prompt.pixel_values.flatten(0, 2)).unflatten(0, (2, 2, 2))
+    output = model(prompt.input_ids, vision_features=features, num_frames=prompt.num_frames)
+    torch.testing.assert_close(output.logits, model(**prompt.inputs).logits)
+
+
+@pytest.mark.parametrize("attend", ["last", "all_previous", "next"])
+def test_the_configured_rule_decides_what_a_token_sees(attend: Any) -> None:
+    model, _ = make_flamingo(attend=attend)
+    prompt = Prompt.make(model)
+    ranges = media_ranges(prompt.input_ids == model.config.image_token_id, attend=attend)
+    with torch.no_grad():
+        implicit = model(**prompt.inputs, use_cache=False).logits
+        torch.testing.assert_close(model(**prompt.inputs, use_cache=True).logits, implicit)
+        torch.testing.assert_close(model(**prompt.inputs, media_ranges=ranges).logits, implicit)
+        nothing = model(**prompt.inputs, media_ranges=torch.zeros_like(ranges), use_cache=False).logits
+    assert not torch.allclose(nothing, implicit)
+
+
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_packed_documents_do_not_see_each_others_media(use_cache: bool) -> None:
+    model, _ = make_flamingo()
+    prompt = Prompt.make(model)
+    document_ids = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 1, 1, 1]])
+    ranges = media_ranges(prompt.input_ids == model.config.image_token_id, document_ids=document_ids)
+    output = model(**prompt.inputs, document_ids=document_ids, use_cache=use_cache).logits
+    torch.testing.assert_close(output, model(**prompt.inputs, media_ranges=ranges).logits)
+    assert not torch.allclose(output, model(**prompt.inputs).logits)
+
+
+def test_embeddings_may_stand_for_ids() -> None:
+    model, _ = make_flamingo(tokenizer=known_image_token())
+    prompt = Prompt.make(model)
+    embeddings = model.get_input_embeddings()(prompt.input_ids)
+    ranges = media_ranges(prompt.input_ids == model.config.image_token_id)
+    output = model(
+        inputs_embeds=embeddings,
+        pixel_values=prompt.pixel_values,
+        num_frames=prompt.num_frames,
+        media_ranges=ranges,
+        use_cache=False,
+    )
+    torch.testing.assert_close(output.logits, model(**prompt.inputs).logits)
+
+
+# ---------------------------------------------------------------- training
+
+
+def test_the_loss_is_the_mean_over_the_labels() -> None:
+    model, _ = make_flamingo()
+    prompt = Prompt.make(model)
+    labels = prompt.input_ids.masked_fill(prompt.input_ids == model.config.image_token_id, -100)
+    labels[0, 3] = model.config.end_of_chunk_token_id
+    output = model(**prompt.inputs, labels=labels)
+    expected = F.cross_entropy(output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    torch.testing.assert_close(output.loss, expected)
+    over_four = model(**prompt.inputs, labels=labels, num_items_in_batch=4).loss
+    torch.testing.assert_close(over_four, expected * (labels[:, 1:] != -100).sum() / 4)
+
+
+@every_pair
+def test_a_training_step_moves_what_is_trained_and_nothing_else(lm: str, vision: str) -> None:
+    model, _ = make_flamingo(lm, vision, open_gates=False)
+    model.train()
+    before = copy.deepcopy(model.state_dict())
+    prompt = Prompt.make(model)
+    prompt.input_ids[:, -1] = model.config.end_of_chunk_token_id
+    # Behind closed gates, only the gates and the new tokens move at first: two steps.
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(2):
+        model(**prompt.inputs, labels=prompt.input_ids).loss.backward()
+        optimizer.step()
+    moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert trained(model) == {n for n in before if n.startswith(("resampler", "injector", "new_tokens"))}
+    # One temporal embedding a frame of the longest medium, more are never used; all other trained parameters move.
+    assert moved == trained(model)
+
+
+@pytest.mark.parametrize("freeze", [("vision_encoder",), ("language_model",), ()])
+def test_parts_that_are_not_frozen_are_trained(freeze: Any) -> None:
+    model, _ = make_flamingo(freeze=freeze)
+    model.train()
+    prompt = Prompt.make(model)
+    model(**prompt.inputs, labels=prompt.input_ids).loss.backward()
+    gradients = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert ("language_model.model.layers.0.mlp.up_proj.weight" in gradients) == ("language_model" not in freeze)
+    assert ("vision_encoder.backbone.patch_embed.proj.weight" in gradients) == ("vision_encoder" not in freeze)
+    assert model.vision_encoder.backbone.training == ("vision_encoder" not in freeze)
+
+
+def test_checkpointing_gives_equal_gradients() -> None:
+    def gradients(*, checkpointed: bool) -> dict[str, Tensor]:
+        model, _ = make_flamingo()
+        model.train()
+        if checkpointed:
+            model.activation_checkpointing_enable()
+            assert model.injector.gradient_checkpointing
+        first, second = Prompt.make(model, seed=0), Prompt.make(model, seed=1)
+        losses = [model(**p.inputs, labels=p.input_ids).loss for p in (first, second)]
+        sum(losses).backward()  # type: ignore[union-attr]
+        return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+    expected, found = gradients(checkpointed=False), gradients(checkpointed=True)
+    assert expected.keys() == found.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("resampler", "kind", "latents"),
+    [
+        ("perceiver", PerceiverResampler, 3),
+        ("mlp", MLPResampler, 4),
+        ("transformer", TransformerResampler, 4),
+        ("mean_pool", MeanPoolResampler, 1),
+    ],
+)
+def test_every_kind_of_resampler_has_its_place(resampler: Any, kind: type, latents: int) -> None:
+    model, _ = make_flamingo(resampler=resampler)
+    assert type(model.resampler) is kind
+    prompt = Prompt.make(model)
+    assert model.encode_media(prompt.pixel_values, prompt.num_frames).shape == (2, 2, latents, 16)
+    model(**prompt.inputs, labels=prompt.input_ids).loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.resampler.parameters())
+
+
+def test_without_gates_the_model_does_not_start_as_the_language_model() -> None:
+    prompt = Prompt.make(make_flamingo()[0])
+    outputs = {}
+    for gating in ("tanh", "tanh_per_channel", "none"):
+        model, _ = make_flamingo(gating=gating, open_gates=False)
+        outputs[gating] = model(**prompt.inputs).logits
+        gates = [p for name, p in model.injector.named_parameters() if name.endswith("alpha")]
+        assert {gate.numel() for gate in gates} == {"tanh": {1}, "tanh_per_channel": {32}, "none": set()}[gating]
+    assert torch.equal(outputs["tanh"], outputs["tanh_per_channel"])
+    assert not torch.allclose(outputs["tanh"], outputs["none"])
+
+
+# ---------------------------------------------------------------- generation
+
+
+def test_media_are_encoded_and_projected_once() -> None:
+    model, _ = make_flamingo()
+    prompt = Prompt.make(model)
+    encoded, projected = [], []
+    model.vision_encoder.register_forward_pre_hook(lambda *_: encoded.append(1))
+    for block in model.injector.blocks.values():
+        block.to_kv.register_forward_pre_hook(lambda *_: projected.append(1))  # type: ignore[union-attr]
+    model.generate(**prompt.inputs, **GREEDY, num_beams=3, eos_token_id=None)
+    assert len(encoded) == 1
+    assert len(projected) == len(model.injector.blocks)
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}])
+def test_beams_share_media_and_cached_equals_uncached(options: dict[str, int]) -> None:
+    model, _ = make_flamingo()
+    prompt = Prompt.make(model)
+    media_cache = MediaCache()
+    cached = model.generate(**prompt.inputs, **GREEDY | options, media_cache=media_cache)
+    assert media_cache.rows == 2
+    assert torch.equal(cached, model.generate(**prompt.inputs, **GREEDY | options, use_cache=False))
+    for row in range(2):
+        alone = model.generate(**prompt.row(row).inputs, **GREEDY | options)
+        n = options.get("num_return_sequences", 1)
+        assert torch.equal(cached[row * n : row * n + n, : alone.shape[1]], alone)
+
+
+def test_a_generated_image_token_is_a_word_and_leaves_the_other_rows_alone() -> None:
+    model, _ = make_flamingo()
+    prompt = Prompt.make(model)
+    image: Any = model.config.image_token_id
+
+    def second_row_writes_an_image(row: int, text: Tensor) -> list[int]:
+        return [image] if row == 1 and len(text) == 9 else list(range(10, VOCAB))
+
+    options: dict[str, Any] = {**GREEDY, "suppress_tokens": None, "prefix_allowed_tokens_fn": second_row_writes_an_image}
+    generated = model.generate(**prompt.inputs, **options)
+    assert generated[1, 9] == image
+    assert torch.equal(generated, model.generate(**prompt.inputs, **options, use_cache=False))
+    alone = model.generate(**prompt.row(0).inputs, **options)
+    assert torch.equal(generated[:1], alone)
+
+
+def test_image_tokens_are_not_generated_and_the_end_of_a_chunk_ends_the_text() -> None:
+    model, _ = make_flamingo()
+    assert model.new_tokens is not None
+    prompt = Prompt.make(model)
+    with torch.no_grad():
+        model.new_tokens.head_bias.copy_(torch.tensor([1e3, 1e2]))
+    generated = model.generate(**prompt.inputs, **GREEDY)
+    assert generated[:, 8:].tolist() == [[model.config.end_of_chunk_token_id]] * 2
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
+def test_prefill_in_chunks_gives_the_same(name: str) -> None:
+    model, _ = make_flamingo(name)
+    prompt = Prompt.make(model)
+    expected = model.generate(**prompt.inputs, **GREEDY)
+    assert torch.equal(model.generate(**prompt.inputs, **GREEDY, prefill_chunk_size=3), expected)
+
+
+def test_a_static_cache_gives_the_same() -> None:
+    model, _ = make_flamingo()
+    prompt = Prompt.make(model)
+    expected = model.generate(**prompt.inputs, **GREEDY)
+    assert torch.equal(model.generate(**prompt.inputs, **GREEDY, cache_implementation="static"), expected)
+
+
+@pytest.mark.parametrize("attend", ["last", "all_previous"])
+def test_a_conversation_with_caches_equals_the_prompt_in_one_piece(attend: Any) -> None:
+    """Three turns; the rows have different numbers of images, the second turn has none, the third a new one each."""
+    model, _ = make_flamingo(attend=attend)
+    prompt, later = Prompt.make(model), Prompt.make(model, seed=1)
+    image: Any = model.config.image_token_id
+    cache, media_cache = DynamicCache(), MediaCache()
+    options: dict[str, Any] = {**GREEDY, "eos_token_id": None}
+    text = model.generate(**prompt.inputs, past_key_values=cache, media_cache=media_cache, **options)
+    text = torch.cat([text, torch.full((2, 2), 50)], dim=1)
+    text = model.generate(text, past_key_values=cache, media_cache=media_cache, **options)
+    text = torch.cat([text, torch.tensor([[51, image, 52], [image, 53, 54]])], dim=1)
+    new_media = later.pixel_values[:, :1, :1]
+    generated = model.generate(
+        text, pixel_values=new_media, past_key_values=cache, media_cache=media_cache, **options
+    )
+    # In one piece: row 0 has three images, row 1 two and a padding medium.
+    frames = F.pad(new_media[:, 0], (0, 0, 0, 0, 0, 0, 0, 1))
+    pixel_values = torch.stack(
+        [
+            torch.stack([prompt.pixel_values[0, 0], prompt.pixel_values[0, 1], frames[0]]),
+            torch.stack([prompt.pixel_values[1, 0], frames[1], torch.zeros_like(frames[1])]),
+        ]
+    )
+    num_frames = torch.tensor([[1, 2, 1], [1, 1, 0]])
+    expected = model.generate(text, pixel_values=pixel_values, num_frames=num_frames, **options)
+    assert torch.equal(generated, expected)
+    assert media_cache.num_media is not None
+    assert media_cache.num_media.tolist() == [3, 2]
+
+
+def test_steps_by_hand_equal_the_full_forward() -> None:
+    model, _ = make_flamingo()
+    prompt = Prompt.make(model)
+    with torch.no_grad():
+        full = model(**prompt.inputs, use_cache=False).logits
+        first = model(prompt.input_ids[:, :4], prompt.pixel_values[:, :1], prompt.num_frames[:, :1])
+        # The second image of row 0 comes with its token; row 1 has none.
+        num_frames = torch.tensor([[2], [0]])
+        caches = {"past_key_values": first.past_key_values, "media_cache": first.media_cache}
+        second = model(prompt.input_ids[:, 4:6], prompt.pixel_values[:, 1:], num_frames, **caches)
+        caches = {"past_key_values": second.past_key_values, "media_cache": second.media_cache}
+        third = model(prompt.input_ids[:, 6:], **caches)
+    found = torch.cat([first.logits, second.logits, third.logits], dim=1)
+    torch.testing.assert_close(found, full, atol=2e-5, rtol=1e-5)
+
+
+def test_generation_without_any_prompt_or_from_embeddings_works() -> None:
+    model, _ = make_flamingo()
+    assert model.generate(**GREEDY, eos_token_id=None).shape == (1, 6)
+    embeddings = model.get_input_embeddings()(torch.full((2, 3), 9))
+    expected = model.generate(torch.full((2, 3), 9), **GREEDY)[:, 3:]
+    assert torch.equal(model.generate(inputs_embeds=embeddings, **GREEDY), expected)
+
+
+# ---------------------------------------------------------------- save, load, copy
+
+
+@every_pair
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_save_and_load_give_the_same_bits_and_the_same_frozen_set(
+    lm: str, vision: str, dtype: torch.dtype, tmp_path: Any
+) -> None:
+    model, _ = make_flamingo(lm, vision, dtype=dtype, freeze=("vision_encoder", "language_model"))
+    prompt = Prompt.make(model)
+    model.save_pretrained(tmp_path)
+    loaded = FlamingoForConditionalGeneration.from_pretrained(tmp_path)
+    assert {n: (t.dtype, t.shape) for n, t in loaded.state_dict().items()} == {
+        n: (t.dtype, t.shape) for n, t in model.state_dict().items()
+    }
+    assert torch.equal(loaded(**prompt.inputs).logits, model(**prompt.inputs).logits)
+    assert trained(loaded) == trained(model)
+    assert not loaded.vision_encoder.backbone.training
+    found = loaded.config.to_dict()
+    for name, value in model.config.to_dict().items():
+        if name not in ("text_config", "vision_config", "_name_or_path"):  # they tell where they came from
+            assert found[name] == value, name
+    assert loaded.generation_config.to_dict() == model.generation_config.to_dict()
+    assert torch.equal(loaded.generate(**prompt.inputs, **GREEDY), model.generate(**prompt.inputs, **GREEDY))
+
+
+def test_what_was_trained_is_trained_again_after_loading(tmp_path: Any) -> None:
+    model, _ = make_flamingo(freeze=())
+    model.save_pretrained(tmp_path)
+    loaded = FlamingoForConditionalGeneration.from_pretrained(tmp_path)
+    assert trained(loaded) == trained(model) == set(dict(model.named_parameters()))
+
+
+def test_dtype_of_loading_is_the_language_models_and_the_frozen_encoders(tmp_path: Any) -> None:
+    model, _ = make_flamingo()
+    model.config.trained_dtype = "float32"
+    model.save_pretrained(tmp_path)
+    loaded = FlamingoForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert loaded.language_model.dtype == loaded.dtype == torch.bfloat16
+    assert next(loaded.vision_encoder.parameters()).dtype == torch.bfloat16
+
+
+def test_a_backbone_that_timm_cannot_name_is_passed_again(tmp_path: Any) -> None:
+    from timm.models.nfnet import NfCfg, NormFreeNet
+
+    def backbone() -> nn.Module:
+        return NormFreeNet(NfCfg(depths=(1, 1, 1, 1), channels=(8, 8, 8, 16), stem_chs=8, num_features=0), num_classes=0)
+
+    tokenizer, lm = make_tokenizer(), make_lm("llama")
+    from flamingo_blocks import build_flamingo
+
+    model, _ = build_flamingo(
+        lm, VisionEncoder(backbone(), image_size=32), tokenizer=tokenizer, resampler_depth=1, resampler_heads=2
+    )
+    assert model.config.vision_config.architecture is None  # type: ignore[union-attr]
+    model.save_pretrained(tmp_path)
+    prompt = Prompt.make(model)
+    with pytest.raises(ValueError, match="timm cannot make by name; make one yourself and pass it as vision_encoder="):
+        FlamingoForConditionalGeneration.from_pretrained(tmp_path)
+    loaded = FlamingoForConditionalGeneration.from_pretrained(
+        tmp_path, vision_encoder=VisionEncoder(backbone(), image_size=32)
+    )
+    assert torch.equal(loaded(**prompt.inputs).logits, model(**prompt.inputs).logits)
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_copies_are_whole_and_separate(how: str) -> None:
+    model, _ = make_flamingo()
+    prompt = Prompt.make(model)
+    expected = model(**prompt.inputs).logits
+    if how == "deepcopy":
+        other = copy.deepcopy(model)
+    else:
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        other = torch.load(file, weights_only=False)
+    for parameter in model.parameters():
+        nn.init.zeros_(parameter)
+    assert torch.equal(other(**prompt.inputs).logits, expected)
+
+
+def test_the_language_model_is_itself_outside_of_the_model() -> None:
+    model, _ = make_flamingo()
+    base = make_lm("llama").requires_grad_(False)
+    input_ids = torch.randint(10, VOCAB, (2, 7))
+    assert torch.equal(model.language_model(input_ids).logits, base(input_ids).logits)
+    assert list(model.language_model.state_dict()) == list(base.state_dict())
+
+
+# ---------------------------------------------------------------- what people look at
+
+
+def test_the_summary_tells_parts_counts_and_layers() -> None:
+    model, _ = make_flamingo(cross_attention_every=2)
+    summary = model.summary()
+    total = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    last = next(line for line in summary.splitlines() if line.startswith("total"))
+    assert f"{total:,}" in last
+    assert f"{frozen:,}" in last
+    assert "blocks before 2 of 3 decoder layers (model.layers): 0, 2" in summary
+    assert "32x32 to 2x2 patches of 64 features" in summary
+    assert max(map(len, summary.splitlines())) <= 120
+    assert len(repr(model)) < 300
+    assert "LlamaForCausalLM" in repr(model)
+
+
+# ---------------------------------------------------------------- bad input
+
+
+def test_counts_of_image_tokens_and_media_that_differ_name_the_row() -> None:
+    model, _ = make_flamingo()
+    prompt = Prompt.make(model)
+    prompt.input_ids[1, 3] = 7
+    for call in (model, model.generate):
+        with pytest.raises(ValueError, match="row 1 has 0 <image> tokens but 1 media"):
+            call(**prompt.inputs)
+        with pytest.raises(ValueError, match="row 0 has 2 <image> tokens but 0 media"):
+            call(input_ids=prompt.input_ids)
+    with pytest.raises(ValueError, match="row 0 has 2 <image> tokens but 0 media"):
+        model(prompt.input_ids, use_cache=False)
+
+
+@pytest.mark.parametrize(
+    ("num_frames", "message"),
+    [
+        ([[3, 1], [1, 0]], r"num_frames must be in 0\.\.2, the frames there are"),
+        ([[-1, 1], [1, 0]], r"num_frames must be in 0\.\.2"),
+        ([[1, 1], [0, 1]], "padding media, of 0 frames, must come last in their row"),
+    ],
+)
+def test_impossible_numbers_of_frames_are_refused(num_frames: list[list[int]], message: str) -> None:
+    model, _ = make_flamingo()
+    prompt = Prompt.make(model)
+    prompt.num_frames = torch.tensor(num_frames)
+    with pytest.raises(ValueError, match=message):
+        model.encode_media(prompt.pixel_values, prompt.num_frames)
+    features = torch.zeros(2, 2, 2, 4, 64)
+    with pytest.raises(ValueError, match=message):
+        model.encode_media(num_frames=prompt.num_frames, vision_features=features)
+
+
+def test_only_one_of_the_two_caches_is_an_error() -> None:
+    model, _ = make_flamingo()
+    prompt = Prompt.make(model)
+    cache, media_cache = DynamicCache(), MediaCache()
+    text = model.generate(**prompt.inputs, past_key_values=cache, media_cache=media_cache, **GREEDY)
+    with pytest.raises(ValueError, match="past_key_values and media_cache must hold the same earlier text"):
+        model.generate(text, past_key_values=cache, **GREEDY)
+    with pytest.raises(ValueError, match="past_key_values and media_cache must hold the same earlier text"):
+        model.generate(text, media_cache=media_cache, **GREEDY)
+
+
+def test_missing_text_and_other_misuse_is_refused() -> None:
+    model, _ = make_flamingo()
+    prompt = Prompt.make(model)
+    with pytest.raises(ValueError, match="give input_ids or inputs_embeds"):
+        model()
+    with pytest.raises(ValueError, match="the language model's tables are never resized"):
+        model.resize_token_embeddings(200)
+    with pytest.raises(ValueError, match="give either pixel_values or vision_features"):
+        model.encode_media()
+
+
+@pytest.mark.unchecked
+def test_wrong_shapes_are_refused() -> None:
+    model, _ = make_flamingo()
+    prompt = Prompt.make(model)
+    with pytest.raises(ValueError, match=r"labels must have the text's shape, \(2, 8\), got \(2, 7\)"):
+        model(**prompt.inputs, labels=prompt.input_ids[:, :-1])
+    with pytest.raises(ValueError, match=r"pixel_values must have shape \(batch, media, frames, channels"):
+        model(prompt.input_ids, prompt.pixel_values[:, :, 0])
+    for call in (model, model.generate):
+        with pytest.raises(ValueError, match="the media have 1 rows, but the text 2"):
+            call(prompt.input_ids, pixel_values=prompt.pixel_values[:1])
+    with pytest.raises(ValueError, match=r"num_frames must have shape \(2, 2\), got \(2, 1\)"):
+        model(prompt.input_ids, prompt.pixel_values, prompt.num_frames[:, :1])
+    with pytest.raises(ValueError, match="images must have shape"):
+        model(prompt.input_ids, prompt.pixel_values[..., :-1], prompt.num_frames)
