@@ -72,10 +72,12 @@ class MediaScope:
     Attributes:
         media: Latents for all blocks, or each block's own keys and values by its layer's index.
         runs: What each token sees.
+        rows_per_media: How many neighbouring rows of text share the media of one row.
     """
 
     media: Float[Tensor, "batch media latents media_dim"] | Mapping[int, KeyValues]
     runs: MediaRuns
+    rows_per_media: int = 1
 
 
 class LMLayerInjector(nn.Module):
@@ -206,6 +208,8 @@ class LMLayerInjector(nn.Module):
         self,
         media: Float[Tensor, "batch media latents media_dim"] | Mapping[int, KeyValues],
         runs: MediaRuns,
+        *,
+        rows_per_media: int = 1,
     ) -> AbstractContextManager[None]:
         """Let the language model's calls in this thread see media, until the end of the `with` block.
 
@@ -214,8 +218,9 @@ class LMLayerInjector(nn.Module):
 
         Args:
             media: The media's latents, or what `project_media` made of them.
-            runs: What each token sees. Neighbouring rows of text may share the media of one row, as the beams of a
-                search do, without a copy: for n rows each, build the runs of (batch, n * text) tokens.
+            runs: What each token sees.
+            rows_per_media: How many neighbouring rows of text share the media of one row, as the beams of a search do,
+                without a copy. `runs` are then those of (batch, rows_per_media * text) tokens.
 
         Raises:
             ValueError: If `media` are projected, but not for every block.
@@ -225,7 +230,7 @@ class LMLayerInjector(nn.Module):
             missing = [index for index in self.layer_indices if index not in media]
             if missing:
                 raise ValueError(f"media must be projected for every block by project_media, not so for {missing}")
-        return Opened(self._scopes, MediaScope(media, runs))
+        return Opened(self._scopes, MediaScope(media, runs, rows_per_media))
 
     def checkpoint_context(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """Carry the scope into recomputation, for those who checkpoint decoder layers, hooks included, by themselves.
@@ -250,10 +255,9 @@ class LMLayerInjector(nn.Module):
         block = self.blocks[str(index)]
         media = scope.media if isinstance(scope.media, Tensor) else scope.media[index]
         shape = hidden_states.shape
-        rows, text = scope.runs.ranges.shape[:2]
-        if shape[0] != rows and shape[0] * shape[1] == rows * text:
-            # Neighbouring rows share media: to attention, they are one longer text.
-            hidden_states = hidden_states.reshape(rows, text, *shape[2:])
+        if scope.rows_per_media > 1:
+            # Rows that share media are one longer text to a block, which knows no positions.
+            hidden_states = hidden_states.reshape(-1, scope.rows_per_media * shape[1], *shape[2:])
         if self.gradient_checkpointing and torch.is_grad_enabled():
             hidden_states = checkpoint(block, hidden_states, media, scope.runs, use_reentrant=False)
         else:

@@ -289,11 +289,10 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 media_ranges = seen
             else:
                 num_media = None
-        rows = len(media_ranges)
-        if rows and len(text) % rows == 0:
-            # Neighbouring rows of text share the media of one row: the injector takes them as one longer text.
-            media_ranges = media_ranges.repeat(1, len(text) // rows, 1)
-        runs = MediaRuns.from_ranges(media_ranges, num_media=num_media)
+        if len(text) % len(media_ranges):
+            raise ValueError(f"media_ranges have {len(media_ranges)} rows, which must divide the text's, {len(text)}")
+        rows_per_media = len(text) // len(media_ranges)
+        runs = MediaRuns.from_ranges(media_ranges.repeat(1, rows_per_media, 1), num_media=num_media)
         arguments = {
             "attention_mask": attention_mask,
             "position_ids": position_ids,
@@ -302,13 +301,14 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
             "use_cache": use_cache,
             "logits_to_keep": logits_to_keep,
         }
-        output = self._run_language_model(input_ids, media, runs, arguments, kwargs, text)
+        with self.injector.scope(media, runs, rows_per_media=rows_per_media):
+            output = self._run_language_model(input_ids, text, arguments | kwargs)
         logits = output.logits
         if isinstance(logits_to_keep, int) and 0 < logits_to_keep < logits.shape[1]:
             logits = logits[:, -logits_to_keep:]
         loss = None
         if labels is not None:
-            loss_arguments = {name: kwargs[name] for name in ("num_items_in_batch",) if name in kwargs}
+            loss_arguments = {_NUM_ITEMS: kwargs[_NUM_ITEMS]} if _NUM_ITEMS in kwargs else {}
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **loss_arguments)
         result = FlamingoCausalLMOutput(
             loss=loss,
@@ -318,22 +318,13 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         )
         return result if return_dict else result.to_tuple()
 
-    def _run_language_model(
-        self,
-        input_ids: Tensor | None,
-        media: Tensor | Mapping[int, KeyValues],
-        runs: MediaRuns,
-        arguments: dict[str, Any],
-        others: dict[str, Any],
-        text: Tensor,
-    ) -> Any:
-        accepted = self._lm_arguments
+    def _run_language_model(self, input_ids: Tensor | None, text: Tensor, arguments: dict[str, Any]) -> Any:
+        """Call the language model with what it knows of the arguments, in a scope of the new tokens."""
         arguments = {
             name: value
             for name, value in arguments.items()
-            if value is not None and (name in accepted or name not in _OPTIONAL)
+            if value is not None and (name in self._lm_arguments or name not in _OPTIONAL) and name != _NUM_ITEMS
         }
-        others = {name: value for name, value in others.items() if name != "num_items_in_batch"}
         tokens: AbstractContextManager[None] = nullcontext()
         if self.new_tokens is not None:
             # With embeddings instead of ids there is nothing to look up, but there are logits to give.
@@ -342,8 +333,8 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
             input_ids = None if input_ids is None else self.new_tokens.old_ids(input_ids)
         if input_ids is not None:
             arguments["input_ids"] = input_ids
-        with self.injector.scope(media, runs), tokens:
-            return self.language_model(**arguments, **others, return_dict=True)
+        with tokens:
+            return self.language_model(**arguments, return_dict=True)
 
     def _is_image(self, text: Tensor) -> Tensor:
         if text.is_floating_point():  # embeddings tell no tokens
@@ -589,6 +580,8 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
 _PASSED_ON = ("past_key_values", "cache_params", "state", "hidden_states", "attentions")
 # What a language model may not know, and can do without: it has no positions, or gives all logits.
 _OPTIONAL = ("position_ids", "logits_to_keep", "use_cache")
+# What the Trainer gives to the loss.
+_NUM_ITEMS = "num_items_in_batch"
 
 
 def _make_vision_encoder(config: FlamingoConfig) -> VisionEncoder:

@@ -225,8 +225,10 @@ class FlamingoProcessor(ProcessorMixin):
             raise ValueError(f'return_tensors must be "pt" or "np", got {return_tensors!r}')
         if isinstance(text, str):
             text = [text]
-        if not isinstance(text, list | tuple) or not all(isinstance(row, str) for row in text):
-            raise ValueError(f"text must be a string or a list of strings, got {text!r:.80}")
+        if not isinstance(text, list | tuple) or not text or not all(isinstance(row, str) for row in text):
+            raise ValueError(
+                f"text must be a string or a list of strings, got {text!r:.80}; pass text=..., as images come first"
+            )
         if images is not None and videos is not None:
             raise ValueError("give images and videos together as images, in the order of their <image> tokens")
         counts = [row.count(self.image_token) for row in text]
@@ -370,6 +372,8 @@ def _load(image: Any, channels: int) -> Image.Image:
         image = _from_array(np.asarray(image).astype(np.uint16))
     elif image.mode == "F" or image.mode.startswith("I;"):
         image = _from_array(np.asarray(image))
+    elif image.mode == "P":  # PIL warns where a palette with transparency skips this step
+        image = image.convert("RGBA")
     return image.convert("L" if channels == 1 else "RGB")
 
 

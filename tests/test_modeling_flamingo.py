@@ -15,16 +15,9 @@ from tests.tiny_language_models import CONFIGS, VOCAB, make_lm
 
 every_lm = pytest.mark.parametrize("name", CONFIGS)
 # Every language model, and every backbone, at least once.
-every_pair = pytest.mark.parametrize(
-    ("lm", "vision"),
-    [*zip(CONFIGS, [*VISION, "vit"], strict=True), ("gpt2", "swin"), ("qwen3", "nfnet")],
-)
+PAIRS = [*zip(CONFIGS, [*VISION, "vit"], strict=True), ("gpt2", "swin"), ("qwen3", "nfnet")]
+every_pair = pytest.mark.parametrize(("lm", "vision"), PAIRS)
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 5}
-
-
-def known_image_token() -> Any:
-    """The language model knows `<image>` already: the same ids run with and without blocks. `<EOC>` is new."""
-    return make_tokenizer(specials=("<image>",))
 
 
 def trained(model: nn.Module) -> set[str]:
@@ -37,7 +30,7 @@ def trained(model: nn.Module) -> set[str]:
 @every_pair
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gate_zero_is_the_base_lm_bit_for_bit(lm: str, vision: str, dtype: torch.dtype) -> None:
-    model, _ = make_flamingo(lm, vision, open_gates=False, dtype=dtype, tokenizer=known_image_token())
+    model, _ = make_flamingo(lm, vision, open_gates=False, dtype=dtype, image_token_is_new=False)
     base, prompt = make_lm(lm, dtype=dtype).requires_grad_(False), Prompt.make(model)
     expected = base(prompt.input_ids, output_hidden_states=True)
     output = model(**prompt.inputs, output_hidden_states=True)
@@ -48,7 +41,7 @@ def test_gate_zero_is_the_base_lm_bit_for_bit(lm: str, vision: str, dtype: torch
 
 @every_pair
 def test_gate_zero_generates_what_the_base_lm_generates(lm: str, vision: str) -> None:
-    model, _ = make_flamingo(lm, vision, open_gates=False, tokenizer=known_image_token())
+    model, _ = make_flamingo(lm, vision, open_gates=False, image_token_is_new=False)
     base, prompt = make_lm(lm).requires_grad_(False), Prompt.make(model)
     mask = torch.ones_like(prompt.input_ids)
     # Two tokens more than the processor would need, to see them go different ways if they can.
@@ -160,7 +153,7 @@ def test_features_in_place_of_pixels_give_the_same() -> None:
 def test_the_configured_rule_decides_what_a_token_sees(attend: Any) -> None:
     model, _ = make_flamingo(attend=attend)
     prompt = Prompt.make(model)
-    ranges = media_ranges(prompt.input_ids == model.config.image_token_id, attend=attend)
+    ranges = media_ranges(prompt.is_image, attend=attend)
     with torch.no_grad():
         implicit = model(**prompt.inputs, use_cache=False).logits
         torch.testing.assert_close(model(**prompt.inputs, use_cache=True).logits, implicit)
@@ -174,17 +167,17 @@ def test_packed_documents_do_not_see_each_others_media(use_cache: bool) -> None:
     model, _ = make_flamingo()
     prompt = Prompt.make(model)
     document_ids = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 1, 1, 1]])
-    ranges = media_ranges(prompt.input_ids == model.config.image_token_id, document_ids=document_ids)
+    ranges = media_ranges(prompt.is_image, document_ids=document_ids)
     output = model(**prompt.inputs, document_ids=document_ids, use_cache=use_cache).logits
     torch.testing.assert_close(output, model(**prompt.inputs, media_ranges=ranges).logits)
     assert not torch.allclose(output, model(**prompt.inputs).logits)
 
 
 def test_embeddings_may_stand_for_ids() -> None:
-    model, _ = make_flamingo(tokenizer=known_image_token())
+    model, _ = make_flamingo(image_token_is_new=False)
     prompt = Prompt.make(model)
     embeddings = model.get_input_embeddings()(prompt.input_ids)
-    ranges = media_ranges(prompt.input_ids == model.config.image_token_id)
+    ranges = media_ranges(prompt.is_image)
     output = model(
         inputs_embeds=embeddings,
         pixel_values=prompt.pixel_values,
@@ -201,8 +194,8 @@ def test_embeddings_may_stand_for_ids() -> None:
 def test_the_loss_is_the_mean_over_the_labels() -> None:
     model, _ = make_flamingo()
     prompt = Prompt.make(model)
-    labels = prompt.input_ids.masked_fill(prompt.input_ids == model.config.image_token_id, -100)
-    labels[0, 3] = model.config.end_of_chunk_token_id
+    labels = prompt.input_ids.masked_fill(prompt.is_image, -100)
+    labels[0, 3] = VOCAB + 1
     output = model(**prompt.inputs, labels=labels)
     expected = F.cross_entropy(output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
     torch.testing.assert_close(output.loss, expected)
@@ -216,7 +209,7 @@ def test_a_training_step_moves_what_is_trained_and_nothing_else(lm: str, vision:
     model.train()
     before = copy.deepcopy(model.state_dict())
     prompt = Prompt.make(model)
-    prompt.input_ids[:, -1] = model.config.end_of_chunk_token_id
+    prompt.input_ids[:, -1] = VOCAB + 1
     # Behind closed gates, only the gates and the new tokens move at first: two steps.
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     for _ in range(2):
@@ -245,11 +238,12 @@ def test_checkpointing_gives_equal_gradients() -> None:
         model, _ = make_flamingo()
         model.train()
         if checkpointed:
-            model.activation_checkpointing_enable()
+            # The older name is all that older versions know.
+            getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
             assert model.injector.gradient_checkpointing
         first, second = Prompt.make(model, seed=0), Prompt.make(model, seed=1)
         losses = [model(**p.inputs, labels=p.input_ids).loss for p in (first, second)]
-        sum(losses).backward()  # type: ignore[union-attr]
+        sum(losses).backward()
         return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
     expected, found = gradients(checkpointed=False), gradients(checkpointed=True)
@@ -267,7 +261,7 @@ def test_checkpointing_gives_equal_gradients() -> None:
         ("mean_pool", MeanPoolResampler, 1),
     ],
 )
-def test_every_kind_of_resampler_has_its_place(resampler: Any, kind: type, latents: int) -> None:
+def test_every_kind_of_resampler_has_its_place(resampler: Any, kind: Any, latents: int) -> None:
     model, _ = make_flamingo(resampler=resampler)
     assert type(model.resampler) is kind
     prompt = Prompt.make(model)
@@ -325,7 +319,11 @@ def test_a_generated_image_token_is_a_word_and_leaves_the_other_rows_alone() -> 
     def second_row_writes_an_image(row: int, text: Tensor) -> list[int]:
         return [image] if row == 1 and len(text) == 9 else list(range(10, VOCAB))
 
-    options: dict[str, Any] = {**GREEDY, "suppress_tokens": None, "prefix_allowed_tokens_fn": second_row_writes_an_image}
+    options: dict[str, Any] = {
+        **GREEDY,
+        "suppress_tokens": None,
+        "prefix_allowed_tokens_fn": second_row_writes_an_image,
+    }
     generated = model.generate(**prompt.inputs, **options)
     assert generated[1, 9] == image
     assert torch.equal(generated, model.generate(**prompt.inputs, **options, use_cache=False))
@@ -371,9 +369,7 @@ def test_a_conversation_with_caches_equals_the_prompt_in_one_piece(attend: Any) 
     text = model.generate(text, past_key_values=cache, media_cache=media_cache, **options)
     text = torch.cat([text, torch.tensor([[51, image, 52], [image, 53, 54]])], dim=1)
     new_media = later.pixel_values[:, :1, :1]
-    generated = model.generate(
-        text, pixel_values=new_media, past_key_values=cache, media_cache=media_cache, **options
-    )
+    generated = model.generate(text, pixel_values=new_media, past_key_values=cache, media_cache=media_cache, **options)
     # In one piece: row 0 has three images, row 1 two and a padding medium.
     frames = F.pad(new_media[:, 0], (0, 0, 0, 0, 0, 0, 0, 1))
     pixel_values = torch.stack(
@@ -416,12 +412,14 @@ def test_generation_without_any_prompt_or_from_embeddings_works() -> None:
 # ---------------------------------------------------------------- save, load, copy
 
 
-@every_pair
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("lm", "vision", "dtype"),
+    [*((*pair, torch.float32) for pair in PAIRS), *((*pair, torch.bfloat16) for pair in PAIRS[-2:])],
+)
 def test_save_and_load_give_the_same_bits_and_the_same_frozen_set(
     lm: str, vision: str, dtype: torch.dtype, tmp_path: Any
 ) -> None:
-    model, _ = make_flamingo(lm, vision, dtype=dtype, freeze=("vision_encoder", "language_model"))
+    model, _ = make_flamingo(lm, vision, dtype=dtype)
     prompt = Prompt.make(model)
     model.save_pretrained(tmp_path)
     loaded = FlamingoForConditionalGeneration.from_pretrained(tmp_path)
@@ -459,7 +457,9 @@ def test_a_backbone_that_timm_cannot_name_is_passed_again(tmp_path: Any) -> None
     from timm.models.nfnet import NfCfg, NormFreeNet
 
     def backbone() -> nn.Module:
-        return NormFreeNet(NfCfg(depths=(1, 1, 1, 1), channels=(8, 8, 8, 16), stem_chs=8, num_features=0), num_classes=0)
+        return NormFreeNet(
+            NfCfg(depths=(1, 1, 1, 1), channels=(8, 8, 8, 16), stem_chs=8, num_features=0), num_classes=0
+        )
 
     tokenizer, lm = make_tokenizer(), make_lm("llama")
     from flamingo_blocks import build_flamingo
@@ -569,7 +569,6 @@ def test_only_one_of_the_two_caches_is_an_error() -> None:
 
 def test_missing_text_and_other_misuse_is_refused() -> None:
     model, _ = make_flamingo()
-    prompt = Prompt.make(model)
     with pytest.raises(ValueError, match="give input_ids or inputs_embeds"):
         model()
     with pytest.raises(ValueError, match="the language model's tables are never resized"):

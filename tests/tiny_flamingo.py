@@ -1,6 +1,8 @@
 """Tiny Flamingos with random weights, their tokenizers, and prompts with media."""
 
+import copy
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -33,13 +35,13 @@ SIZES: dict[str, Any] = {"resampler_depth": 1, "resampler_heads": 2, "resampler_
 
 
 def make_tokenizer(*, size: int = VOCAB, specials: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
-    """A tokenizer of `size` tokens: bos, eos, pad, those special tokens, and the words w3, w4, ..."""
+    """A tokenizer of `size` tokens: bos, eos, pad, those special tokens, words named by their ids, unk."""
     words = ["<bos>", "<eos>", "<pad>", *specials]
-    words += [f"w{i}" for i in range(len(words), size)]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="w97"))
+    words += [f"w{i}" for i in range(len(words), size - 1)] + ["<unk>"]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", unk_token="w97"
+        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", unk_token="<unk>"
     )
     fast.add_tokens([AddedToken(token, special=True, normalized=False) for token in specials], special_tokens=True)
     return fast
@@ -50,18 +52,36 @@ def make_flamingo(
     vision: str = "vit",
     *,
     open_gates: bool = True,
+    image_token_is_new: bool = True,
     dtype: torch.dtype = torch.float32,
-    tokenizer: PreTrainedTokenizerFast | None = None,
     **options: Any,
 ) -> tuple[FlamingoForConditionalGeneration, FlamingoProcessor]:
-    """Build a Flamingo; with open gates, everything that is trained is random."""
+    """Build a Flamingo.
+
+    With open gates, everything that is trained is random. Where `<image>` is not new, the same ids run with and without
+    blocks; `<EOC>` is new in any case.
+    """
+    specials = () if image_token_is_new else ("<image>",)
+    # Building takes longer than copying what was built before.
+    return copy.deepcopy(_build(lm, vision, open_gates, specials, dtype, tuple(sorted(options.items()))))
+
+
+@cache
+def _build(
+    lm: str,
+    vision: str,
+    open_gates: bool,
+    specials: tuple[str, ...],
+    dtype: torch.dtype,
+    options: tuple[tuple[str, Any], ...],
+) -> tuple[FlamingoForConditionalGeneration, FlamingoProcessor]:
     language_model = make_lm(lm, dtype=dtype).requires_grad_(False)
     torch.manual_seed(0)
     model, processor = build_flamingo(
         language_model,
         FlamingoVisionConfig(**VISION[vision]),
-        tokenizer=make_tokenizer() if tokenizer is None else tokenizer,
-        **SIZES | options,
+        tokenizer=make_tokenizer(specials=specials),
+        **SIZES | dict(options),
     )
     if open_gates:
         for part in (model.resampler, model.injector, model.new_tokens):
@@ -77,6 +97,7 @@ class Prompt:
     input_ids: Tensor
     pixel_values: Tensor
     num_frames: Tensor
+    image_token_id: int
 
     @classmethod
     def make(cls, model: FlamingoForConditionalGeneration, *, seed: int = 0, text: int = 8) -> "Prompt":
@@ -86,10 +107,10 @@ class Prompt:
         input_ids[0, 1] = input_ids[0, 4] = input_ids[1, 3] = image
         encoder = model.vision_encoder
         pixel_values = torch.randn(2, 2, 2, encoder.channels, *encoder.image_size, generator=generator)
-        return cls(input_ids, pixel_values, torch.tensor([[1, 2], [1, 0]]))
+        return cls(input_ids, pixel_values, torch.tensor([[1, 2], [1, 0]]), image)
 
     @property
-    def inputs(self) -> dict[str, Tensor]:
+    def inputs(self) -> dict[str, Any]:
         return {
             "input_ids": self.input_ids,
             "attention_mask": torch.ones_like(self.input_ids),
@@ -97,5 +118,11 @@ class Prompt:
             "num_frames": self.num_frames,
         }
 
+    @property
+    def is_image(self) -> Tensor:
+        return torch.as_tensor(self.input_ids == self.image_token_id)
+
     def row(self, row: int) -> "Prompt":
-        return Prompt(self.input_ids[row, None], self.pixel_values[row, None], self.num_frames[row, None])
+        """One row as a batch of its own."""
+        rows = slice(row, row + 1)
+        return Prompt(self.input_ids[rows], self.pixel_values[rows], self.num_frames[rows], self.image_token_id)

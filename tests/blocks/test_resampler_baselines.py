@@ -1,0 +1,90 @@
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from flamingo_blocks.blocks import MeanPoolResampler, MLPResampler, TransformerResampler
+from tests.strategies import random_tensor, randomize, seeds
+
+DIM, VISION_DIM, PATCHES = 8, 6, 4
+KINDS: dict[str, Any] = {
+    "mean_pool": lambda: MeanPoolResampler(dim=DIM, vision_dim=VISION_DIM, max_frames=3),
+    "mlp": lambda: MLPResampler(dim=DIM, vision_dim=VISION_DIM, max_frames=3),
+    "transformer": lambda: TransformerResampler(dim=DIM, vision_dim=VISION_DIM, depth=2, heads=2, max_frames=3),
+}
+every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+def make(kind: str, seed: int = 0) -> Any:
+    resampler = KINDS[kind]().double().eval()
+    randomize(resampler, seed)
+    return resampler
+
+
+def features_of(seed: int, frames: int) -> Tensor:
+    return random_tensor(seed, 2, 2, frames, PATCHES, VISION_DIM)
+
+
+@every_kind
+@given(seeds, st.integers(1, 5), st.lists(st.integers(0, 5), min_size=4, max_size=4))
+def test_each_medium_is_resampled_as_if_it_were_alone_and_unpadded(
+    kind: str, seed: int, frames: int, lengths: list[int]
+) -> None:
+    resampler, features = make(kind, seed), features_of(seed, frames)
+    num_frames = torch.tensor(lengths).clamp(max=frames).view(2, 2)
+    output = resampler(features, num_frames)
+    assert output.isfinite().all()
+    for row in range(2):
+        for medium in range(2):
+            if length := int(num_frames[row, medium]):
+                alone = resampler(features[row : row + 1, medium : medium + 1, :length])
+                torch.testing.assert_close(output[row, medium], alone[0, 0])
+
+
+@every_kind
+def test_what_padding_holds_changes_nothing_and_gradients_are_finite(kind: str) -> None:
+    resampler, features = make(kind), features_of(0, 3)
+    num_frames = torch.tensor([[3, 1], [2, 0]])
+    expected = resampler(features, num_frames)
+    features[0, 1, 1:] = features[1, 0, 2:] = features[1, 1] = torch.nan
+    output = resampler(features, num_frames)
+    assert torch.equal(output, expected)
+    output.square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in resampler.parameters())
+
+
+@pytest.mark.parametrize(("kind", "latents"), [("mean_pool", 1), ("mlp", PATCHES), ("transformer", PATCHES)])
+def test_the_number_of_latents_does_not_depend_on_the_number_of_frames(kind: str, latents: int) -> None:
+    for frames in (1, 2, 5):
+        assert make(kind)(features_of(0, frames)).shape == (2, 2, latents, DIM)
+
+
+def test_a_patch_sees_other_patches_in_the_transformer_only() -> None:
+    for kind, sees_others in (("mlp", False), ("transformer", True)):
+        resampler, features = make(kind), features_of(0, 1)
+        before = resampler(features)
+        features[..., 0, :] *= torch.arange(VISION_DIM)
+        changed = (resampler(features) - before).abs().amax(dim=(0, 1, 3)) > 1e-9
+        assert changed.tolist() == [True, *[sees_others] * (PATCHES - 1)]
+
+
+def test_the_mean_is_that_of_the_projected_patches() -> None:
+    resampler, features = make("mean_pool"), features_of(0, 1)
+    mean = (resampler.features.project(features) + resampler.features.temporal_embeddings[0]).mean((2, 3))
+    torch.testing.assert_close(resampler(features)[:, :, 0], resampler.norm(mean))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"heads": 3}, "heads must divide dim=8, got 3"),
+        ({"heads": 2, "depth": 0}, "depth must be at least 1, got 0"),
+        ({"heads": 2, "max_frames": 0}, "max_frames must be at least 1, got 0"),
+    ],
+)
+def test_impossible_sizes_are_refused(options: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TransformerResampler(dim=DIM, **options)

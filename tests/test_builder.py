@@ -1,0 +1,276 @@
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, LlamaModel
+
+from flamingo_blocks import FlamingoForConditionalGeneration, FlamingoProcessor, VisionEncoder, build_flamingo
+from flamingo_blocks.builder import check_injection
+from flamingo_blocks.configuration_flamingo import FlamingoVisionConfig
+from tests.tiny_flamingo import SIZES, VISION, Prompt, make_flamingo, make_tokenizer
+from tests.tiny_language_models import CONFIGS, VOCAB, make_lm
+
+VIT = FlamingoVisionConfig(**VISION["vit"])
+
+
+def build(lm: Any = None, vision: Any = VIT, **options: Any) -> tuple[FlamingoForConditionalGeneration, Any]:
+    lm = make_lm("llama") if lm is None else lm
+    return build_flamingo(lm, vision, **{"tokenizer": make_tokenizer()} | SIZES | options)
+
+
+@pytest.fixture
+def local_lm(tmp_path: Path) -> Path:
+    path = tmp_path / "lm"
+    make_lm("gpt2").save_pretrained(path)
+    make_tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def local_backbone(tmp_path: Path) -> Path:
+    path = tmp_path / "backbone"
+    backbone: Any = timm.create_model("test_vit", num_classes=0)
+    timm.models.save_for_hf(backbone, str(path), safe_serialization=True)
+    return path
+
+
+# ---------------------------------------------------------------- what may be passed
+
+
+def test_local_paths_are_loaded_with_their_weights_and_their_tokenizer(local_lm: Path, local_backbone: Path) -> None:
+    model, processor = build_flamingo(local_lm, str(local_backbone), **SIZES)
+    base = AutoModelForCausalLM.from_pretrained(local_lm)
+    expected = base.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.language_model.state_dict().items())
+    backbone = timm.create_model(f"local-dir:{local_backbone}", pretrained=True, num_classes=0).state_dict()
+    assert all(torch.equal(t, backbone[name]) for name, t in model.vision_encoder.backbone.state_dict().items())
+    assert processor.tokenizer.get_vocab()["<image>"] == VOCAB
+    assert model.vision_encoder.image_size == (160, 160)
+
+
+def test_a_model_is_taken_as_it_is_and_a_configuration_is_made_anew() -> None:
+    lm, backbone = make_lm("gpt2"), timm.create_model("test_resnet", num_classes=0)
+    model, _ = build(lm, backbone, image_size=64)
+    assert model.language_model is lm
+    assert model.vision_encoder.backbone is backbone
+    assert model.config.vision_config.architecture == "test_resnet"  # type: ignore[union-attr]
+    encoder = VisionEncoder(backbone, image_size=64)
+    assert build(make_lm("gpt2"), encoder)[0].vision_encoder is encoder
+    first, second = (build(CONFIGS["llama"](), freeze=("vision_encoder",))[0] for _ in range(2))
+    assert all(p.requires_grad for p in first.language_model.parameters())
+    weights = [m.language_model.model.layers[0].mlp.up_proj.weight for m in (first, second)]
+    assert not torch.equal(*weights)
+
+
+def test_the_tokenizer_is_copied_and_gets_what_it_lacks() -> None:
+    tokenizer = make_tokenizer()
+    _, processor = build(tokenizer=tokenizer)
+    assert len(tokenizer) == VOCAB
+    assert processor.tokenizer.convert_tokens_to_ids(["<image>", "<EOC>"]) == [VOCAB, VOCAB + 1]
+    assert processor.tokenizer.tokenize("w5<image> w6 <EOC>") == ["w5", "<image>", "w6", "<EOC>"]
+
+
+def test_an_existing_special_token_is_used_again() -> None:
+    model, processor = build(tokenizer=make_tokenizer(specials=("<image>",)), end_of_chunk_token="<eos>")
+    assert (model.config.image_token_id, model.config.end_of_chunk_token_id) == (3, 1)
+    assert model.config.new_token_ids == []
+    assert model.new_tokens is None
+    prompt = Prompt.make(model)
+    assert model(**prompt.inputs).logits.shape[-1] == VOCAB
+    assert processor.end_of_chunk_token == "<eos>"
+
+
+def test_ids_within_a_padded_vocabulary_are_overlaid() -> None:
+    model, _ = build(tokenizer=make_tokenizer(size=97))
+    assert model.config.new_token_ids == [97, 98]
+    base = make_lm("llama")
+    input_ids = torch.randint(5, 90, (2, 6))
+    logits, expected = model(input_ids).logits, base(input_ids).logits
+    assert logits.shape == expected.shape
+    assert torch.equal(logits[..., :97], expected[..., :97])
+    assert not torch.equal(logits[..., 97:], expected[..., 97:])
+
+
+def test_dtypes_are_as_asked() -> None:
+    model, _ = build(dtype=torch.bfloat16)
+    assert model.language_model.dtype == torch.bfloat16
+    assert next(model.vision_encoder.parameters()).dtype == torch.bfloat16
+    parts: list[Any] = [model.resampler, model.injector, model.new_tokens]
+    for part in parts:
+        assert {p.dtype for p in part.parameters()} == {torch.float32}
+    assert next(build(trained_dtype=torch.bfloat16)[0].resampler.parameters()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("options", "indices"),
+    [({}, (0, 1, 2)), ({"cross_attention_every": 2}, (0, 2)), ({"layers": [1]}, (1,)), ({"layers": "middle"}, (1,))],
+)
+def test_blocks_stand_where_they_were_asked_for(options: dict[str, Any], indices: tuple[int, ...]) -> None:
+    assert build(**options)[0].injector.layer_indices == indices
+    assert build(decoder_layers="model.layers", **options)[0].injector.layer_indices == indices
+
+
+def test_model_processor_and_their_copies_on_disk_work_together(tmp_path: Path) -> None:
+    """From text and images to text, and once more from disk."""
+    from PIL import Image
+
+    model, processor = make_flamingo("gpt2", "resnet")
+    images = [[Image.new("RGB", (40, 30), color) for color in ("red", "blue")], []]
+    text = ["w5 <image> w6 <EOC> <image>", "w7 w8"]
+    inputs = processor(images, text, padding_side="left")
+    generated = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    loaded = FlamingoForConditionalGeneration.from_pretrained(tmp_path)
+    inputs = FlamingoProcessor.from_pretrained(tmp_path)(images, text, padding_side="left")
+    assert torch.equal(loaded.generate(**inputs, max_new_tokens=4, do_sample=False), generated)
+    decoded: Any = processor.batch_decode(generated)  # type: ignore[no-untyped-call]
+    assert len(decoded) == 2
+
+
+def test_a_model_on_the_meta_device_is_built_without_being_run() -> None:
+    with torch.device("meta"):
+        model, _ = build(LlamaConfig(vocab_size=VOCAB, hidden_size=64, num_hidden_layers=2, num_attention_heads=4))
+    assert all(p.is_meta for p in model.parameters())
+
+
+# ---------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("option", "nearest"),
+    [
+        ("cross_attention_evry", "cross_attention_every"),
+        ("num_latent", "num_latents"),
+        ("resampler_layers", "resampler_"),
+        ("freez", "freeze"),
+        ("img_size", "image_size"),
+    ],
+)
+def test_an_unknown_option_names_the_nearest_right_one(option: str, nearest: str) -> None:
+    with pytest.raises(TypeError, match=f"build_flamingo has no option '{option}'; did you mean '{nearest}"):
+        build(**{option: 3})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"cross_attention_every": 4}, r"every must be in 1\.\.3"),
+        ({"layers": [3]}, r"there are decoder layers 0\.\.2, got \[3\]"),
+        ({"layers": [1], "cross_attention_every": 2}, "give either every or layers"),
+        ({"decoder_layers": "model.nonsense"}, "'model.nonsense' is not a list of layers in LlamaForCausalLM"),
+        ({"image_token": "w5"}, "'w5' is an ordinary word of the tokenizer, not a special token"),
+        ({"end_of_chunk_token": "w7"}, "'w7' is an ordinary word of the tokenizer"),
+        ({"image_token": "<EOC>"}, "image_token and end_of_chunk_token must differ, got '<EOC>' for both"),
+        ({"tokenizer": make_tokenizer(size=VOCAB + 1)}, "the tokenizer has 100 tokens, but the language model only 99"),
+        ({"tokenizer": None}, "does not say where its tokenizer is; give tokenizer="),
+        ({"resampler_heads": 0}, "heads must be at least 1|division"),
+    ],
+)
+def test_impossible_options_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, ZeroDivisionError), match=message):
+        build(**options)
+
+
+@pytest.mark.unchecked
+@pytest.mark.parametrize("freeze", ["language_model", ["lm"]])
+def test_parts_to_freeze_that_are_not_there_are_refused(freeze: Any) -> None:
+    with pytest.raises(ValueError, match='freeze must be a collection of "language_model" and "vision_encoder"'):
+        build(freeze=freeze)
+
+
+@pytest.mark.unchecked
+def test_things_of_the_wrong_kind_are_refused() -> None:
+    with pytest.raises(ValueError, match="language_model must be an id, a path, a configuration or a causal language"):
+        build(5)
+    with pytest.raises(ValueError, match="with a head, got Linear"):
+        build(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="vision_encoder must be a name of timm, a path"):
+        build(vision=5)
+    with pytest.raises(ValueError, match="tokenizer must be an id, a path or a tokenizer, got int"):
+        build(tokenizer=5)
+
+
+def test_what_is_no_causal_language_model_is_refused() -> None:
+    with pytest.raises(ValueError, match="with a head, got LlamaModel; load it with AutoModelForCausalLM"):
+        build(LlamaModel(LlamaConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2)))
+
+
+def test_a_backbone_without_a_grid_is_refused() -> None:
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(1))
+
+        def forward_features(self, images: torch.Tensor) -> torch.Tensor:
+            return images.mean((2, 3)) * self.weight
+
+    with pytest.raises(ValueError, match="does not return a grid of tokens"):
+        build(vision=Pooled(), image_size=32)
+
+
+@pytest.fixture
+def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
+@pytest.mark.usefixtures("_offline")
+@pytest.mark.parametrize("argument", ["language_model", "vision_encoder", "tokenizer"])
+def test_an_id_without_network_says_so_and_how_to_use_a_local_path(argument: str) -> None:
+    arguments: dict[str, Any] = {
+        "language_model": make_lm("llama"),
+        "vision_encoder": VIT,
+        "tokenizer": make_tokenizer(),
+    }
+    arguments[argument] = "resnet18" if argument == "vision_encoder" else "nobody/has-this"
+    with pytest.raises(OSError, match=f"(?s){argument}='.*could not be loaded.*give the path of a local copy"):
+        build_flamingo(**arguments)
+
+
+def test_an_unknown_backbone_is_named() -> None:
+    with pytest.raises(OSError, match=r"(?s)vision_encoder='resnet1800' could not be loaded.*Unknown model"):
+        build(vision="resnet1800")
+
+
+def test_a_language_model_that_skips_or_repeats_layers_is_found_out() -> None:
+    lm = make_lm("llama")
+    forward = type(lm.model.layers[0]).forward
+    with pytest.MonkeyPatch.context() as patch:
+        # Each layer runs twice.
+        patch.setattr(lm.model.layers[1], "forward", lambda *a, **k: forward(lm.model.layers[1], *a, **k))
+        model, _ = build(lm)
+    lm.model.layers[0].register_forward_pre_hook(lambda *_: lm.model.layers[2](torch.zeros(2, 3, 32)) and None)
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM.*"):
+        check_injection(model)
+
+
+def test_a_time_major_language_model_is_found_out() -> None:
+    lm = make_lm("gpt2")
+
+    def time_first(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (args[0].transpose(0, 1), *args[1:])
+
+    lm.transformer.h[0].register_forward_pre_hook(time_first)
+    with pytest.raises(ValueError, match="GPT2LMHeadModel with blocks does not run on plain token ids"):
+        build(lm)
+
+
+def test_importing_the_builder_is_the_only_way_to_pay_for_transformers() -> None:
+    import subprocess
+
+    code = "import sys, flamingo_blocks; assert 'transformers' not in sys.modules; flamingo_blocks.build_flamingo"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_saved_configuration_is_plain_json(tmp_path: Path) -> None:
+    build(GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=2))[0].config.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["model_type"] == "flamingo"
+    assert config["vision_config"]["architecture"] == "test_vit"

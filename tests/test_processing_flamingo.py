@@ -1,0 +1,616 @@
+import json
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import timm.data
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from torch import Tensor
+from transformers import AutoImageProcessor, AutoProcessor, BatchFeature, PreTrainedTokenizerFast
+
+from flamingo_blocks import FlamingoProcessor
+from flamingo_blocks.processing_flamingo import FlamingoImageProcessor, special_token_id
+
+timm_data: Any = timm.data  # which has no types
+WORDS = ("?", "a", "b", "cat", "dog", "image")
+SPECIAL = ("<image>", "<EOC>")
+
+
+def picture(seed: int, width: int = 12, height: int = 9) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def as_array(*images: Image.Image) -> np.ndarray:
+    return np.stack([np.asarray(image) for image in images])
+
+
+def as_tensor(*images: Image.Image) -> Tensor:
+    return torch.from_numpy(as_array(*images)).permute(0, 3, 1, 2)
+
+
+def make_image_processor(size: int = 6, channels: int = 3, **settings: Any) -> FlamingoImageProcessor:
+    """Leave the images in 0..1."""
+    return FlamingoImageProcessor(
+        size={"height": size, "width": size},
+        image_mean=[0.0] * channels,
+        image_std=[1.0] * channels,
+        channels=channels,
+        **settings,
+    )
+
+
+def make_tokenizer(
+    special: tuple[str, ...] = SPECIAL,
+    words: tuple[str, ...] = WORDS,
+    splitter: type[pre_tokenizers.PreTokenizer] = pre_tokenizers.Whitespace,
+) -> PreTrainedTokenizerFast:
+    words_only = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="?"))
+    words_only.pre_tokenizer = splitter()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words_only, unk_token="?", pad_token="?")
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in special], special_tokens=True)
+    return tokenizer
+
+
+@cache
+def make_processor() -> FlamingoProcessor:
+    return FlamingoProcessor(make_image_processor(), make_tokenizer())
+
+
+CAT, DOG, EEL = picture(0), picture(1), picture(2)
+
+
+def pixels_of(*images: Any) -> Tensor:
+    return make_image_processor()(list(images))["pixel_values"]
+
+
+def assert_same(one: BatchFeature, other: BatchFeature) -> None:
+    assert one.keys() == other.keys()
+    for key in one:
+        assert torch.equal(one[key], other[key]), key
+
+
+# The image processor
+
+
+@pytest.mark.parametrize("size", [(160, 160), (96, 96), (64, 96)])
+@pytest.mark.parametrize("name", ["test_vit", "test_resnet", "test_nfnet"])
+def test_images_are_transformed_as_timm_does(name: str, size: tuple[int, int]) -> None:
+    backbone = timm.create_model(name, num_classes=0)
+    config = timm_data.resolve_model_data_config(backbone)
+    assert config["input_size"] == (3, 160, 160)
+    transform = timm_data.create_transform(**{**config, "input_size": (3, *size)})
+    images = [picture(0, 200, 130), picture(1, 90, 120)]
+    pixel_values = FlamingoImageProcessor.from_timm(backbone, image_size=size)(images)["pixel_values"]
+    assert torch.equal(pixel_values, torch.stack([transform(image) for image in images]))
+
+
+@pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "nearest"])
+def test_every_setting_reaches_timm(crop_mode: str, interpolation: str) -> None:
+    settings: dict[str, Any] = {"interpolation": interpolation, "crop_pct": 0.8, "crop_mode": crop_mode}
+    mean, std = (0.5, 0.4, 0.3), (0.3, 0.4, 0.5)
+    transform = timm_data.create_transform((3, 8, 10), mean=mean, std=std, **settings)
+    processor = FlamingoImageProcessor({"height": 8, "width": 10}, mean, std, **settings)
+    assert torch.equal(processor(CAT)["pixel_values"][0], transform(CAT))
+
+
+def test_statistics_of_colours_are_averaged_for_grey() -> None:
+    processor = FlamingoImageProcessor.from_timm(timm.create_model("test_vit"), image_size=(32, 32), channels=1)
+    assert processor.image_mean == pytest.approx([0.5])
+    assert processor.image_std == pytest.approx([0.5])
+    assert processor(CAT)["pixel_values"].shape == (1, 1, 32, 32)
+
+
+KINDS: dict[str, Callable[[np.ndarray], Any]] = {
+    "array": lambda array: array,
+    "array, channels first": lambda array: np.ascontiguousarray(array.transpose(2, 0, 1)),
+    "array, read-only": lambda array: np.asarray(Image.fromarray(array)),
+    "array, reversed twice": lambda array: np.ascontiguousarray(array[:, ::-1])[:, ::-1],
+    "array of 16 bits": lambda array: array.astype(np.uint16) * 257,
+    "array of 16 bits, big-endian": lambda array: (array.astype(np.uint16) * 257).astype(">u2"),
+    "array of float16": lambda array: (array / 255).astype(np.float16),
+    "array of float32": lambda array: (array / 255).astype(np.float32),
+    "array of float64": lambda array: array / 255,
+    "tensor": lambda array: torch.from_numpy(array).permute(2, 0, 1),
+    "tensor of 16 bits": lambda array: torch.from_numpy(array.astype(np.uint16) * 257).permute(2, 0, 1),
+    "tensor of floats": lambda array: torch.from_numpy(array).permute(2, 0, 1) / 255,
+    "tensor with gradient": lambda array: (torch.from_numpy(array).permute(2, 0, 1) / 255).requires_grad_(),
+    "with alpha": lambda array: np.concatenate([array, array[..., :1]], axis=-1),
+}
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_image_gives_the_same_pixels_whichever_kind_it_is(kind: str, channels: int) -> None:
+    processor = make_image_processor(channels=channels)
+    pixels = processor(KINDS[kind](np.array(CAT)), return_tensors="pt")["pixel_values"]
+    assert not pixels.requires_grad
+    assert torch.equal(pixels, processor(CAT)["pixel_values"])
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("grey", [lambda array: array, lambda array: array[..., None], torch.from_numpy])
+def test_an_array_without_channels_is_grey(grey: Callable[[np.ndarray], Any], channels: int) -> None:
+    processor = make_image_processor(channels=channels)
+    image = CAT.convert("L")
+    assert torch.equal(processor(grey(np.array(image)))["pixel_values"], processor(image)["pixel_values"])
+
+
+@pytest.mark.parametrize("path_type", [str, Path])
+def test_a_path_gives_the_image_of_its_file(path_type: Callable[[Path], Any], tmp_path: Path) -> None:
+    CAT.save(tmp_path / "cat.png")
+    assert torch.equal(pixels_of(path_type(tmp_path / "cat.png")), pixels_of(CAT))
+
+
+def test_bfloat16_is_close() -> None:
+    torch.testing.assert_close(pixels_of(as_tensor(CAT)[0].div(255).bfloat16()), pixels_of(CAT), atol=1e-2, rtol=0)
+
+
+def test_a_batch_may_be_one_array() -> None:
+    assert torch.equal(make_image_processor()(as_array(CAT, DOG))["pixel_values"], pixels_of(CAT, DOG))
+    assert torch.equal(make_image_processor()(as_tensor(CAT, DOG))["pixel_values"], pixels_of(CAT, DOG))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV"])
+def test_a_grey_ramp_looks_the_same_in_every_mode(mode: str, channels: int) -> None:
+    """On a coarse grid, since the modes 1 and P dither."""
+    ramp = Image.linear_gradient("L").convert("RGB").convert(mode)
+    pixels = make_image_processor(channels=channels, interpolation="bilinear")(ramp)["pixel_values"]
+    expected = ((torch.arange(6) + 0.5) / 6)[:, None].expand(1, channels, 6, 6)
+    torch.testing.assert_close(pixels, expected, atol=0.03, rtol=0)
+
+
+DEEP: dict[str, Callable[[np.ndarray], Image.Image]] = {
+    "I;16": lambda grey: Image.frombytes("I;16", grey.shape[::-1], (grey.astype("<u2") * 257).tobytes()),
+    "I;16B": lambda grey: Image.frombytes(
+        "I;16B", grey.shape[::-1], (grey.astype("<u2") * 257).astype(">u2").tobytes()
+    ),
+    "I": lambda grey: Image.fromarray(grey.astype(np.int32) * 257),
+    "F": lambda grey: Image.fromarray((grey / 255).astype(np.float32)),
+}
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("mode", DEEP)
+def test_an_image_of_more_bits_gives_what_one_of_8_bits_gives(mode: str, channels: int) -> None:
+    grey = CAT.convert("L")
+    deep = DEEP[mode](np.asarray(grey))
+    assert deep.mode == mode
+    processor = make_image_processor(channels=channels)
+    assert torch.equal(processor(deep)["pixel_values"], processor(grey)["pixel_values"])
+
+
+def test_a_png_file_of_16_bits_keeps_its_range(tmp_path: Path) -> None:
+    grey = CAT.convert("L")
+    DEEP["I;16"](np.asarray(grey)).save(tmp_path / "grey.png")
+    assert torch.equal(pixels_of(tmp_path / "grey.png"), pixels_of(grey))
+
+
+@pytest.mark.parametrize("mode", ["LA", "RGBA"])
+def test_alpha_is_dropped(mode: str) -> None:
+    opaque = CAT.convert(mode)
+    see_through = opaque.copy()
+    see_through.putalpha(7)
+    assert torch.equal(pixels_of(see_through), pixels_of(opaque))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("transparency", [0, bytes(256)])
+def test_a_transparent_palette_gives_its_colours(transparency: int | bytes, tmp_path: Path) -> None:
+    palette = CAT.quantize()
+    palette.save(tmp_path / "palette.png", transparency=transparency)
+    assert torch.equal(pixels_of(tmp_path / "palette.png"), pixels_of(palette))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "I;16"])
+@pytest.mark.parametrize(
+    "orientation, stored_as",
+    [
+        (2, Image.Transpose.FLIP_LEFT_RIGHT),
+        (3, Image.Transpose.ROTATE_180),
+        (4, Image.Transpose.FLIP_TOP_BOTTOM),
+        (5, Image.Transpose.TRANSPOSE),
+        (6, Image.Transpose.ROTATE_90),
+        (7, Image.Transpose.TRANSVERSE),
+        (8, Image.Transpose.ROTATE_270),
+    ],
+)
+def test_images_are_turned_upright(mode: str, orientation: int, stored_as: Image.Transpose, tmp_path: Path) -> None:
+    upright = CAT if mode == "RGB" else DEEP[mode](np.asarray(CAT.convert("L")))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    upright.transpose(stored_as).save(tmp_path / "turned.png", exif=exif)
+    assert torch.equal(pixels_of(tmp_path / "turned.png"), pixels_of(upright))
+    with Image.open(tmp_path / "turned.png") as turned:
+        assert torch.equal(pixels_of(turned), pixels_of(upright))
+
+
+def test_images_are_left_as_they_are() -> None:
+    image, array = CAT.copy(), as_array(CAT)[0] / 255
+    pixels_of(image, array)
+    assert image == CAT
+    assert np.array_equal(array, as_array(CAT)[0] / 255)
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_resnet"])
+def test_an_image_processor_round_trips(name: str, tmp_path: Path) -> None:
+    processor = FlamingoImageProcessor.from_timm(timm.create_model(name), image_size=(24, 32), channels=1)
+    processor.save_pretrained(tmp_path)
+    for restored in (
+        FlamingoImageProcessor.from_dict(json.loads(json.dumps(processor.to_dict()))),
+        FlamingoImageProcessor.from_pretrained(tmp_path),
+        AutoImageProcessor.from_pretrained(tmp_path),
+    ):
+        assert type(restored) is FlamingoImageProcessor
+        assert restored.to_dict() == processor.to_dict()
+        assert torch.equal(restored(CAT)["pixel_values"], processor(CAT)["pixel_values"])
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_no_images_give_an_empty_batch(channels: int) -> None:
+    assert make_image_processor(channels=channels)([])["pixel_values"].shape == (0, channels, 6, 6)
+
+
+# The processor: where media come to stand
+
+
+def make_medium(form: str, frames: list[Image.Image]) -> Any:
+    if form == "image" and len(frames) == 1:
+        return frames[0]
+    if form == "array":
+        return as_array(*frames)
+    return as_tensor(*frames) if form == "tensor" else frames
+
+
+@given(
+    rows=st.lists(st.lists(st.integers(1, 3), max_size=3), min_size=1, max_size=4),
+    form=st.sampled_from(("list", "image", "array", "tensor")),
+)
+def test_each_frame_stands_at_its_place_and_all_else_is_zero(rows: list[list[int]], form: str) -> None:
+    seeds = iter(range(36))
+    frames = [[[picture(next(seeds)) for _ in range(count)] for count in row] for row in rows]
+    images = [[make_medium(form, medium) for medium in row] for row in frames]
+    inputs = make_processor()(text=["a <image>" * len(row) for row in rows], images=images)
+    if not any(rows):
+        assert inputs.keys() == {"input_ids", "attention_mask"}
+        return
+    expected = torch.zeros(len(rows), max(map(len, rows)), max(max(row, default=0) for row in rows), 3, 6, 6)
+    num_frames = torch.zeros(expected.shape[:2], dtype=torch.long)
+    for row, media in enumerate(frames):
+        for medium, images_of_medium in enumerate(media):
+            num_frames[row, medium] = len(images_of_medium)
+            expected[row, medium, : len(images_of_medium)] = pixels_of(*images_of_medium)
+    assert torch.equal(inputs["num_frames"], num_frames)
+    assert torch.equal(inputs["pixel_values"], expected)
+
+
+@given(
+    rows=st.lists(st.lists(st.integers(1, 3), max_size=3), min_size=1, max_size=4).filter(any),
+    are_videos=st.booleans(),
+)
+def test_a_flat_list_is_dealt_out_as_the_texts_ask(rows: list[list[int]], are_videos: bool) -> None:
+    seeds = iter(range(36))
+    media = [[[picture(next(seeds)) for _ in range(n)] if are_videos else CAT for n in row] for row in rows]
+    flat: list[Any] = [medium for row in media for medium in row]
+    text = ["a" + "<image>" * len(row) for row in rows]
+    inputs = make_processor()(text=text, videos=flat) if are_videos else make_processor()(text=text, images=flat)
+    assert_same(inputs, make_processor()(text=text, images=media))
+
+
+TWO_IMAGES: dict[str, Any] = {
+    "a list": {"images": [CAT, DOG]},
+    "a tuple": {"images": (CAT, DOG)},
+    "one list a text": {"images": [[CAT, DOG]]},
+    "an array": {"images": as_array(CAT, DOG)},
+    "a tensor": {"images": as_tensor(CAT, DOG)},
+    "of different kinds": {"images": [as_array(CAT)[0], as_tensor(DOG)[0]]},
+    "videos of one frame": {"videos": [[CAT], [DOG]]},
+}
+ONE_VIDEO: dict[str, Any] = {
+    "a row with a list": {"images": [[[CAT, DOG]]]},
+    "a row with a tuple": {"images": [[(CAT, DOG)]]},
+    "a row with an array": {"images": [[as_array(CAT, DOG)]]},
+    "a row with a tensor": {"images": [[as_tensor(CAT, DOG)]]},
+    "a list with an array": {"images": [as_array(CAT, DOG)]},
+    "an array with two more axes": {"images": as_array(CAT, DOG)[None]},
+    "videos, the frames": {"videos": [CAT, DOG]},
+    "videos, a list": {"videos": [[CAT, DOG]]},
+    "videos, a row": {"videos": [[[CAT, DOG]]]},
+    "videos, an array": {"videos": as_array(CAT, DOG)},
+    "videos, a list with a tensor": {"videos": [as_tensor(CAT, DOG)]},
+    "videos, a row with a tensor": {"videos": [[as_tensor(CAT, DOG)]]},
+    "videos, an array with two more axes": {"videos": as_array(CAT, DOG)[None]},
+}
+
+
+@pytest.mark.parametrize("spelling", TWO_IMAGES)
+def test_two_images_of_a_text(spelling: str) -> None:
+    inputs = make_processor()(text="<image>a<image>b", **TWO_IMAGES[spelling])
+    assert torch.equal(inputs["num_frames"], torch.tensor([[1, 1]]))
+    assert torch.equal(inputs["pixel_values"], pixels_of(CAT, DOG)[None, :, None])
+
+
+@pytest.mark.parametrize("spelling", ONE_VIDEO)
+def test_a_video_of_two_frames(spelling: str) -> None:
+    inputs = make_processor()(text=["<image>a"], **ONE_VIDEO[spelling])
+    assert torch.equal(inputs["num_frames"], torch.tensor([[2]]))
+    assert torch.equal(inputs["pixel_values"], pixels_of(CAT, DOG)[None, None])
+
+
+@pytest.mark.parametrize("image", [CAT, [CAT], [[CAT]], as_array(CAT)[0], as_array(CAT), as_tensor(CAT)[0]])
+def test_a_single_image(image: Any) -> None:
+    inputs = make_processor()(text="<image>a", images=image)
+    assert torch.equal(inputs["num_frames"], torch.tensor([[1]]))
+    assert torch.equal(inputs["pixel_values"], pixels_of(CAT)[None, None])
+
+
+def test_images_and_videos_stand_together_in_a_row() -> None:
+    inputs = make_processor()(text=["<image>a<image>", "<image>"], images=[[CAT, [DOG, EEL, CAT]], [[EEL, DOG]]])
+    assert torch.equal(inputs["num_frames"], torch.tensor([[1, 3], [2, 0]]))
+    padding = torch.zeros(1, 3, 6, 6)
+    rows = [pixels_of(CAT), padding, padding, pixels_of(DOG, EEL, CAT), pixels_of(EEL, DOG), *[padding] * 4]
+    assert torch.equal(inputs["pixel_values"], torch.cat(rows).view(2, 2, 3, 3, 6, 6))
+
+
+@pytest.mark.parametrize("empty", [[], None, ()])
+def test_a_row_without_media_is_padding(empty: Any) -> None:
+    inputs = make_processor()(text=["a", "<image>b"], images=[empty, [CAT]])
+    assert torch.equal(inputs["num_frames"], torch.tensor([[0], [1]]))
+    assert not inputs["pixel_values"][0].any()
+    assert torch.equal(inputs["pixel_values"][1, 0], pixels_of(CAT))
+
+
+@pytest.mark.parametrize("media", [{}, {"images": []}, {"images": [[], []]}, {"images": [None, []]}, {"videos": []}])
+def test_text_alone_gives_no_pixels(media: Any) -> None:
+    inputs = make_processor()(text=["a cat", "b"], **media)
+    assert inputs.keys() == {"input_ids", "attention_mask"}
+    assert inputs["input_ids"].tolist() == [[1, 3], [2, 0]]
+
+
+# The processor: text
+
+
+@pytest.mark.parametrize(
+    "side, input_ids, attention_mask",
+    [
+        ("left", [[6, 1, 3, 7], [0, 0, 1, 4]], [[1, 1, 1, 1], [0, 0, 1, 1]]),
+        ("right", [[6, 1, 3, 7], [1, 4, 0, 0]], [[1, 1, 1, 1], [1, 1, 0, 0]]),
+    ],
+)
+def test_text_is_padded_on_the_side_asked_for(
+    side: str, input_ids: list[list[int]], attention_mask: list[list[int]]
+) -> None:
+    inputs = make_processor()(text=["<image>a cat<EOC>", "a dog"], images=[[CAT], []], padding_side=side)
+    assert inputs["input_ids"].tolist() == input_ids
+    assert inputs["attention_mask"].tolist() == attention_mask
+
+
+def test_numpy_arrays_are_what_the_tensors_are() -> None:
+    arguments: Any = {"text": ["<image>a cat", "b"], "images": [[[CAT, DOG]], []]}
+    arrays, tensors = (make_processor()(**arguments, return_tensors=kind) for kind in ("np", "pt"))
+    assert all(isinstance(array, np.ndarray) for array in arrays.values())
+    assert_same(BatchFeature({key: torch.from_numpy(array) for key, array in arrays.items()}), tensors)
+
+
+def test_truncation_may_cut_text_behind_the_last_medium() -> None:
+    inputs = make_processor()(text="a<image>cat dog", images=CAT, truncation=True, max_length=2)
+    assert inputs["input_ids"].tolist() == [[1, 6]]
+
+
+def test_what_was_encoded_is_decoded() -> None:
+    processor: Any = make_processor()
+    input_ids = processor(text=["<image>a cat<EOC>", "dog"], images=CAT)["input_ids"]
+    assert processor.batch_decode(input_ids, skip_special_tokens=True) == ["a cat", "dog"]
+    assert processor.decode(input_ids[0]) == "<image> a cat <EOC>"
+
+
+@pytest.mark.parametrize("loader", [FlamingoProcessor, AutoProcessor])
+@pytest.mark.parametrize("image_token, end_of_chunk_token", [SPECIAL, ("<photo>", "<stop>")])
+def test_a_processor_round_trips(loader: Any, image_token: str, end_of_chunk_token: str, tmp_path: Path) -> None:
+    tokenizer = make_tokenizer((image_token, end_of_chunk_token))
+    processor = FlamingoProcessor(
+        make_image_processor(crop_pct=0.7),
+        tokenizer,
+        image_token=image_token,
+        end_of_chunk_token=end_of_chunk_token,
+    )
+    processor.save_pretrained(tmp_path)
+    restored = loader.from_pretrained(tmp_path)
+    assert type(restored) is FlamingoProcessor
+    assert (restored.image_token, restored.end_of_chunk_token) == (image_token, end_of_chunk_token)
+    assert restored.image_token_id == processor.image_token_id
+    text = [f"{image_token}a cat{end_of_chunk_token}{image_token}", "b"]
+    images = [[CAT, [DOG, EEL]], []]
+    assert_same(restored(text=text, images=images), processor(text=text, images=images))
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    "text, media, message",
+    [
+        (["a", "<image>"], {"images": [[], [CAT, DOG]]}, "row 1 has 1 <image> tokens but 2 media"),
+        (["<image><image>", "a"], {"images": [[CAT], []]}, "row 0 has 2 <image> tokens but 1 media"),
+        (["<image>"], {}, "row 0 has 1 <image> tokens but 0 media"),
+        (["<image>"], {"images": [None]}, "row 0 has 1 <image> tokens but 0 media"),
+        ("a", {"images": CAT}, "row 0 has 0 <image> tokens but 1 media"),
+        ("<image>", {"images": [[CAT, DOG]]}, r"\(a video in images is a list of frames\)"),
+        (
+            ["<image>", "a", "<image><image>"],
+            {"images": [CAT, DOG]},
+            r"the texts have 3 <image> tokens \(1, 0, 2 by row\), but there are 2 media; give one list of media a text",
+        ),
+        (["<image>", "a"], {"images": []}, r"the texts have 1 <image> tokens \(1, 0 by row\), but there are 0 media"),
+        (["<image>", "<image>"], {"images": [[CAT], [DOG], []]}, "there are 2 texts, but media for 3; give one list"),
+        (["<image>", "<image>"], {"images": [[CAT, DOG]]}, "there are 2 texts, but media for 1; give one list a text"),
+        ("<image>", {"images": CAT, "videos": [[CAT]]}, "give images and videos together as images, in the order"),
+    ],
+)
+def test_media_that_do_not_fit_the_text_are_refused(text: Any, media: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_processor()(text=text, **media)
+
+
+def test_truncation_must_not_cut_a_medium() -> None:
+    with pytest.raises(
+        ValueError, match=r"row 1 has 2 <image> tokens, but 1 after tokenization; .* raise max_length, or drop whole"
+    ):
+        make_processor()(text=["a", "<image>a<image>"], images=[CAT, DOG], truncation=True, max_length=2)
+
+
+@pytest.mark.parametrize(
+    "media, message",
+    [
+        ({"images": [[[]]]}, "a video must have at least one frame, got none"),
+        ({"images": [[as_array(CAT)[:0]]]}, "a video must have at least one frame, got none"),
+        ({"videos": [[]]}, "row 0 has 1 <image> tokens but 0 media"),
+        ({"videos": [[[CAT], []]]}, "a video must have at least one frame, got none"),
+        ({"videos": CAT}, "videos must be lists of frames, got Image"),
+        ({"videos": torch.zeros(4, 8, 8)}, r"videos must be lists of frames, got Tensor of shape \(4, 8, 8\)"),
+        ({"images": 3}, r"images must be a PIL image, .* or a path, or lists of them, got int"),
+        ({"images": {"cat": CAT}}, "images must be a PIL image, .* or lists of them, got dict"),
+        ({"images": torch.tensor(0.5)}, r"images must be a PIL image, .* got Tensor of shape \(\)"),
+        ({"images": [{"cat": CAT}]}, "an image must be a PIL image, .* a video a list of such images, got dict"),
+        ({"images": [[3]]}, "an image must be a PIL image, .* a video a list of such images, got int"),
+        ({"images": [[np.zeros(5)]]}, r"an image must be .* got ndarray of shape \(5,\)"),
+        ({"images": [[[CAT, None]]]}, "an image must be .* got list"),
+    ],
+)
+def test_media_of_another_kind_are_refused(media: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_processor()(text="<image>", **media)
+
+
+@pytest.mark.parametrize(
+    "image, message",
+    [
+        ({"cat": CAT}, "an image must be a PIL image, .* or a path, got dict"),
+        (3, "an image must be a PIL image, .* or a path, got int"),
+        (None, "an image must be a PIL image, .* or a path, got NoneType"),
+        (np.zeros(5), r"an image must be a PIL image, .* or a path, got shape \(5,\)"),
+        (np.zeros((8, 8, 5)), r"an image must be a PIL image, .* or a path, got shape \(8, 8, 5\)"),
+        (torch.zeros(5, 8, 8), r"an image must be a PIL image, .* or a path, got shape \(5, 8, 8\)"),
+        (torch.zeros(8, 8, 3), r"tensor \(channels, height, width\) or a path, got shape \(8, 8, 3\)"),
+        (torch.zeros(3, 0, 8), r"an image must be a PIL image, .* or a path, got shape \(3, 0, 8\)"),
+        (Image.new("RGB", (0, 8)), r"must have at least one pixel, got width and height \(0, 8\)"),
+        (np.full((8, 8, 3), 255.0), r"must be in 0..1, got 255..255; divide by 255, or give integers"),
+        (torch.tensor([[0.0, -0.5]]), r"must be in 0..1, got -0.5..0; divide by 255, or give integers"),
+        (np.full((8, 8), np.nan), r"must be in 0..1, got nan..nan"),
+        (Image.new("F", (8, 8), 2), r"must be in 0..1, got 2..2"),
+        (Image.new("I", (8, 8), 65536), r"of mode I must be in 0..65535, got 65536..65536; scale them first"),
+        (Image.new("I", (8, 8), -1), r"of mode I must be in 0..65535, got -1..-1; scale them first"),
+        (torch.zeros(3, 8, 8, dtype=torch.int64), r"unsigned integers of 8 or 16 bits or .*, got torch.int64; convert"),
+        (np.zeros((8, 8), dtype=bool), r"unsigned integers of 8 or 16 bits or .*, got bool; convert it"),
+        (np.zeros((8, 8), dtype=object), r"unsigned integers of 8 or 16 bits or .*, got object; convert it"),
+        ("cat.png", r"there is no image file 'cat.png'; images are never fetched from elsewhere, load it first"),
+        ("https://example.org/cat.png", "there is no image file 'https://example.org/cat.png'; images are never"),
+        (".", "there is no image file '.'"),
+        ("data:image/png;base64," + "A" * 9000, "there is no image file 'data:image/png;base64,A{100,200}'"),
+    ],
+)
+def test_an_image_of_another_kind_is_refused_by_number(image: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^image 1: .*{message}"):
+        pixels_of(CAT, image)
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "gif"])
+def test_a_damaged_file_is_refused_by_name(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"damaged.{suffix}"
+    picture(0, 60, 60).save(path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(ValueError, match=rf"image 1: '.*damaged.{suffix}' cannot be read as an image: .*truncated"):
+        pixels_of(CAT, path)
+    with Image.open(path) as image, pytest.raises(ValueError, match=r"image 1: .*truncated"):
+        pixels_of(CAT, image)
+
+
+def test_a_file_that_is_no_image_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "cat.png").write_text("cat")
+    with pytest.raises(ValueError, match=r"image 0: '.*cat.png' cannot be read as an image: cannot identify"):
+        pixels_of(tmp_path / "cat.png")
+
+
+def test_a_decompression_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    CAT.save(tmp_path / "cat.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    with pytest.raises(ValueError, match=r"cat.png' cannot be read as an image: .* decompression bomb"):
+        pixels_of(tmp_path / "cat.png")
+
+
+def test_images_of_other_than_1_or_3_channels_are_refused() -> None:
+    with pytest.raises(ValueError, match="channels must be 1 or 3, got 4; make pixel_values of such images yourself"):
+        make_image_processor(channels=4)(CAT)
+
+
+@pytest.mark.parametrize("text", [None, []])
+def test_text_is_required(text: Any) -> None:
+    with pytest.raises(ValueError, match=r"text must be a string or a list of strings, got (None|\[\]); pass text="):
+        make_processor()(CAT, text)
+
+
+@pytest.mark.unchecked
+@pytest.mark.parametrize("text", [3, b"a", ["a", None], {"a": "b"}])
+def test_text_of_another_kind_is_refused(text: Any) -> None:
+    with pytest.raises(ValueError, match="text must be a string or a list of strings, got "):
+        make_processor()(text=text)
+
+
+def test_other_frameworks_are_refused() -> None:
+    with pytest.raises(ValueError, match='return_tensors must be "pt" or "np", got \'tf\''):
+        make_processor()(text="a", return_tensors="tf")
+
+
+# The special tokens
+
+
+def test_a_token_that_the_tokenizer_lacks_is_refused_until_added() -> None:
+    tokenizer = make_tokenizer(special=("<EOC>",))
+    with pytest.raises(ValueError, match=r"does not know '<image>' as one token; add it with tokenizer.add_tokens"):
+        FlamingoProcessor(make_image_processor(), tokenizer)
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    assert FlamingoProcessor(make_image_processor(), tokenizer).image_token_id == len(tokenizer) - 1
+
+
+def test_the_end_of_chunk_token_is_needed_too() -> None:
+    with pytest.raises(ValueError, match="does not know '<EOC>' as one token"):
+        FlamingoProcessor(make_image_processor(), make_tokenizer(special=("<image>",)))
+
+
+def test_a_token_that_is_split_is_refused() -> None:
+    tokenizer = make_tokenizer(special=("<EOC>",), words=(*WORDS, "<image>"))
+    assert tokenizer.convert_tokens_to_ids("<image>") == len(WORDS)
+    with pytest.raises(ValueError, match="does not know '<image>' as one token"):
+        FlamingoProcessor(make_image_processor(), tokenizer)
+
+
+@pytest.mark.parametrize("is_added", [False, True])
+def test_an_ordinary_word_is_refused(is_added: bool) -> None:
+    words = WORDS if is_added else (*WORDS, "<image>")
+    tokenizer = make_tokenizer(special=("<EOC>",), words=words, splitter=pre_tokenizers.WhitespaceSplit)
+    if is_added:
+        tokenizer.add_tokens(["<image>"])
+    with pytest.raises(ValueError, match=r"'<image>' is an ordinary word of the tokenizer, .*; choose another token"):
+        FlamingoProcessor(make_image_processor(), tokenizer)
+
+
+def test_a_special_token_that_is_there_is_used() -> None:
+    tokenizer = make_tokenizer(special=("<EOC>", "<picture>"))
+    assert special_token_id(tokenizer, "<picture>") == len(tokenizer) - 1
+    processor = FlamingoProcessor(make_image_processor(), tokenizer, image_token="<picture>")
+    assert processor.image_token_id == len(tokenizer) - 1
+    assert processor(text="<picture>a", images=CAT)["num_frames"].tolist() == [[1]]
+
+
+def test_a_word_made_special_is_used() -> None:
+    tokenizer = make_tokenizer(words=(*WORDS, "<image>"))
+    assert special_token_id(tokenizer, "<image>") == len(WORDS)
