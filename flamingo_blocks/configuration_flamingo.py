@@ -84,6 +84,7 @@ class FlamingoConfig(PreTrainedConfig):
 
     model_type = "flamingo"
     sub_configs: ClassVar = {"text_config": AutoConfig, "vision_config": FlamingoVisionConfig}
+    keys_to_ignore_at_inference: ClassVar = ["past_key_values", "cache_params", "state", "media_cache"]
 
     text_config: PreTrainedConfig | dict[str, Any] | None = None
     vision_config: PreTrainedConfig | dict[str, Any] | None = None

@@ -22,17 +22,10 @@ class MediaCache:
 
     Attributes:
         key_values: For each decoder layer with a block, by its index, the keys and values of all media so far.
-        num_media: How many media each row has, padding not counted.
+        num_media: How many media each row has, padding not counted; on the host.
 
-    Example:
-        ```python
-        from transformers import DynamicCache
-        from flamingo_blocks import MediaCache
-
-        cache, media_cache = DynamicCache(), MediaCache()
-        # first = model.generate(**processor(...), past_key_values=cache, media_cache=media_cache)
-        # more = model.generate(ids_so_far_and_new, past_key_values=cache, media_cache=media_cache)
-        ```
+    Source: Alayrac et al. 2022, section 2.3 (keys and values depend on the media alone). Differs from the paper: the
+    paper does not speak of caches.
     """
 
     def __init__(self) -> None:
@@ -61,8 +54,9 @@ class MediaCache:
             ValueError: If their rows are not as many as the cache's, or a multiple.
         """
         if self.num_media is None:
-            self.key_values, self.num_media = dict(key_values), num_media
+            self.key_values, self.num_media = dict(key_values), num_media.cpu()
             return
+        num_media = num_media.cpu()
         batch = num_media.shape[0]
         if batch % self.rows:
             raise ValueError(
@@ -115,7 +109,7 @@ class MediaCache:
         # Checked on the new text alone: what it sees may include earlier media.
         MediaRuns.from_ranges(media_ranges(media_locations), num_media=new_media)
         # Media of earlier text are as if their tokens stood right before this text.
-        before = (self.num_media - new_media).to(media_locations.device)
+        before = (self.num_media - new_media.cpu()).to(media_locations.device)
         earlier = _first(int(before.max()), before)
         locations = torch.cat([earlier, media_locations], dim=1)
         if document_ids is not None:
@@ -125,14 +119,16 @@ class MediaCache:
         return self._ranges
 
     def ranges_at(self, start: int, length: int) -> Int[Tensor, "batch length 2"]:
-        """Give the ranges of the tokens from `start` on. What was not announced by `add_text` sees what the last
-        announced token saw: a generated `<image>` is a word, not a medium.
+        """Give the ranges of the tokens from `start` on.
+
+        What was not announced by `add_text` sees what the last announced token saw: a generated `<image>` is a word, not
+        a medium.
 
         Args:
             start: Position of the first token.
             length: Number of tokens.
-        """  # noqa: D205
-        assert self._ranges is not None
+        """
+        assert self._ranges is not None, "add_text comes first"
         last = self._ranges.shape[1] - 1
         positions = torch.arange(start, start + length, device=self._ranges.device) - self._start
         return self._ranges[:, positions.clamp(0, last)]

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -345,17 +346,17 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def _encode(
         self, batch: int, pixel_values: Tensor | None, num_frames: Tensor | None, vision_features: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Give latents and number of media of each row, also where there are none."""
+        """Give latents, and the number of media of each row on the host; also where there are none."""
         frames = pixel_values if vision_features is None else vision_features
         if frames is None:
             weight = next(self.resampler.parameters())
-            return weight.new_zeros(batch, 0, 1, self.resampler.dim), torch.zeros(batch, dtype=torch.long)
+            return weight.new_zeros(batch, 0, 1, self.resampler.dim), torch.zeros(batch, dtype=torch.long, device="cpu")
         if len(frames) != batch:
             raise ValueError(f"the media have {len(frames)} rows, but the text {batch}; give every row its own media")
         media = self.encode_media(pixel_values, num_frames, vision_features=vision_features)
         if num_frames is None:
-            return media, torch.full((batch,), frames.shape[1])
-        return media, (num_frames > 0).sum(1)
+            return media, torch.full((batch,), frames.shape[1], device="cpu")
+        return media, (num_frames > 0).sum(1).cpu()
 
     # ------------------------------------------------------------ generation
 
@@ -397,8 +398,8 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
             # Without any prompt, transformers begins with one row of one token.
             input_ids = torch.zeros(1, 1, dtype=torch.long) if embeddings is None else embeddings
         media_cache = MediaCache() if media_cache is None else media_cache
-        text, start = self._new_text(input_ids, kwargs.get("past_key_values"), kwargs.get("attention_mask"))
-        if bool(media_cache.rows) != bool(start) and (start == 0 or self._is_image(input_ids[:, :start]).any()):
+        earlier, text, start = _split(input_ids, kwargs.get("past_key_values"), kwargs.get("attention_mask"))
+        if (media_cache.rows and start == 0) or (not media_cache.rows and self._is_image(earlier).any()):
             raise ValueError(
                 "past_key_values and media_cache must hold the same earlier text and its media, but one of them is "
                 "empty; pass both to every call, or neither"
@@ -409,12 +410,13 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         transformers_generate: Any = super().generate  # type: ignore[misc]
         return transformers_generate(inputs, *args, media_cache=media_cache, **kwargs)
 
-    @staticmethod
-    def _new_text(input_ids: Tensor, past_key_values: Any, attention_mask: Tensor | None) -> tuple[Tensor, int]:
-        """Split what is in the cache off the text, which holds it or not (as transformers tells: by the mask)."""
-        start = 0 if past_key_values is None else int(past_key_values.get_seq_length())
-        is_whole = attention_mask is None or attention_mask.shape[1] == input_ids.shape[1]
-        return (input_ids[:, start:] if is_whole else input_ids), start
+    def compute_transition_scores(self, sequences: Tensor, scores: Any, *args: Any, **kwargs: Any) -> Any:
+        """Score the tokens of what was generated, as in transformers, new tokens included."""
+        # It reads the vocabulary's size in the config, which knows of the language model's own tokens only.
+        text_config = copy.deepcopy(self.config.get_text_config())
+        text_config.vocab_size = scores[0].shape[-1]
+        stand_in: Any = SimpleNamespace(config=text_config)
+        return GenerationMixin.compute_transition_scores(stand_in, sequences, scores, *args, **kwargs)
 
     def prepare_inputs_for_generation(  # type: ignore[override]
         self,
@@ -431,9 +433,9 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
             text = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
             length = text.shape[1]
             start = input_ids.shape[1] - length
-            cache = kwargs.get("past_key_values")
-            if start <= 0 and cache is not None:  # the ids are a chunk of the prompt, or new text alone
-                start = int(cache.get_seq_length())
+            if (cache := kwargs.get("past_key_values")) is not None:
+                # The ids may lack what is in the cache: in a chunk of the prompt, or where new text alone was given.
+                start = max(start, int(cache.get_seq_length()))
             inputs |= {"media_cache": media_cache, "media_ranges": media_cache.ranges_at(start, length)}
         return inputs
 
@@ -654,6 +656,17 @@ def _dtype(name: str | None, lm: PreTrainedModel) -> torch.dtype:
 def _non_persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
     persistent = set(module.state_dict())
     return {name: buffer for name, buffer in module.named_buffers() if name not in persistent}
+
+
+def _split(input_ids: Tensor, past_key_values: Any, attention_mask: Tensor | None) -> tuple[Tensor, Tensor, int]:
+    """Split text into what is in the cache and what is new, and count the former.
+
+    As in transformers, a mask that is longer than the text tells that the text is new alone.
+    """
+    start = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+    is_whole = attention_mask is None or attention_mask.shape[1] == input_ids.shape[1]
+    cut = start if is_whole else 0
+    return input_ids[:, :cut], input_ids[:, cut:], start
 
 
 def _argument_names(function: Any) -> set[str]:

@@ -85,11 +85,19 @@ def test_checked_modules_keep_their_annotations_at_run_time() -> None:
 
 def test_the_public_names_are_these() -> None:
     assert sorted(flamingo_blocks.__all__) == [
+        "FlamingoConfig",
+        "FlamingoForConditionalGeneration",
+        "FlamingoProcessor",
         "GatedCrossAttentionBlock",
         "LMLayerInjector",
+        "MediaCache",
         "MediaRuns",
         "PerceiverResampler",
         "VisionEncoder",
+        "build_flamingo",
+        "flamingo_3b",
+        "flamingo_80b",
+        "flamingo_9b",
         "media_index",
         "media_ranges",
     ]
@@ -100,6 +108,9 @@ def test_the_public_names_are_these() -> None:
         "FeedForward",
         "GatedCrossAttentionBlock",
         "KeyValues",
+        "MLPResampler",
+        "MeanPoolResampler",
+        "MediaFeatures",
         "MediaRun",
         "MediaRuns",
         "PerceiverLayer",
@@ -107,6 +118,7 @@ def test_the_public_names_are_these() -> None:
         "SquaredReLU",
         "SwiGLU",
         "TanhGate",
+        "TransformerResampler",
         "attend_to_media",
         "choose_algorithm",
         "dense_media_mask",

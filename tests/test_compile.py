@@ -15,6 +15,7 @@ from flamingo_blocks import (
     PerceiverResampler,
     media_ranges,
 )
+from tests.tiny_flamingo import Prompt, make_flamingo
 from tests.tiny_language_models import VOCAB, WIDTH, make_lm
 
 pytestmark = pytest.mark.unchecked
@@ -117,3 +118,15 @@ def test_injection_and_ejection_reach_an_lm_that_is_compiled_already() -> None:
 
 def _layers(name: str) -> str:
     return "h" if name == "gpt2" else "layers"
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_whole_model_compiles_to_one_graph_that_serves_every_layout(name: str) -> None:
+    model, compiler = make_flamingo(name)[0], CompileCounter()
+    run = torch.compile(model, backend=compiler, fullgraph=True)
+    prompt = Prompt.make(model)
+    for shift in (0, 1, 3):
+        prompt.input_ids = prompt.input_ids.roll(shift, dims=1)
+        output = run(prompt.input_ids, prompt.pixel_values, prompt.num_frames, use_cache=False)
+        torch.testing.assert_close(output.logits, model(**prompt.inputs).logits)
+    assert compiler.frame_count == 1

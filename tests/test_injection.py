@@ -159,6 +159,19 @@ def test_projected_media_give_the_same_as_media() -> None:
         assert torch.equal(lm(inputs.input_ids).logits, expected)
 
 
+def test_rows_that_share_media_give_what_copies_of_the_media_give() -> None:
+    lm, inputs = make_lm("llama"), Inputs.make()
+    injector = inject(lm, gate=1.0)
+    input_ids = torch.randint(3, VOCAB, (6, 9))
+    copies = MediaRuns.from_ranges(inputs.runs.ranges.repeat_interleave(3, dim=0))
+    with injector.scope(inputs.media.repeat_interleave(3, dim=0), copies):
+        expected = lm(input_ids).logits
+    shared = MediaRuns.from_ranges(inputs.runs.ranges.repeat(1, 3, 1))
+    for media in (inputs.media, injector.project_media(inputs.media)):
+        with injector.scope(media, shared, rows_per_media=3):
+            torch.testing.assert_close(lm(input_ids).logits, expected)
+
+
 # ---------------------------------------------------------------- in and out again
 
 

@@ -401,6 +401,49 @@ def test_steps_by_hand_equal_the_full_forward() -> None:
     torch.testing.assert_close(found, full, atol=2e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}])
+def test_scores_of_what_was_generated_count_new_tokens_too(options: dict[str, int]) -> None:
+    model, _ = make_flamingo()
+    prompt = Prompt.make(model)
+    output = model.generate(
+        **prompt.inputs, **GREEDY | options, eos_token_id=None, output_scores=True, return_dict_in_generate=True
+    )
+    beams = output.beam_indices if options else None
+    scores = model.compute_transition_scores(output.sequences, output.scores, beams, normalize_logits=not options)
+    logits = model(output.sequences, prompt.pixel_values, prompt.num_frames).logits
+    logits[..., model.config.image_token_id] = -torch.inf  # it is not generated
+    if options:
+        # Beam search keeps sums: they grow by each token's log-probability.
+        torch.testing.assert_close(scores.sum(1) / 5, output.sequences_scores)
+    else:
+        expected = logits[:, 7:-1].log_softmax(-1).gather(2, output.sequences[:, 8:, None])[..., 0]
+        torch.testing.assert_close(scores, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_new_text_alone_may_follow_the_caches() -> None:
+    model, _ = make_flamingo()
+    prompt, later = Prompt.make(model), Prompt.make(model, seed=1)
+    options: dict[str, Any] = {**GREEDY, "eos_token_id": None}
+    new = torch.tensor([[51, prompt.image_token_id, 52], [prompt.image_token_id, 53, 54]])
+    generated = {}
+    for form in ("whole", "new"):
+        cache, media_cache = DynamicCache(), MediaCache()
+        text = model.generate(**prompt.inputs, past_key_values=cache, media_cache=media_cache, **options)
+        whole = torch.cat([text, new], dim=1)
+        # The last generated token is not in the cache yet.
+        input_ids = whole if form == "whole" else whole[:, cache.get_seq_length() :]
+        output = model.generate(
+            input_ids,
+            attention_mask=torch.ones_like(whole),
+            pixel_values=later.pixel_values[:, :1, :1],
+            past_key_values=cache,
+            media_cache=media_cache,
+            **options,
+        )
+        generated[form] = output[:, -5:]
+    assert torch.equal(generated["whole"], generated["new"])
+
+
 def test_generation_without_any_prompt_or_from_embeddings_works() -> None:
     model, _ = make_flamingo()
     assert model.generate(**GREEDY, eos_token_id=None).shape == (1, 6)
