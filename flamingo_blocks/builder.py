@@ -1,6 +1,7 @@
 """build_flamingo: a Flamingo from any decoder of transformers and any backbone of timm."""
 
 import copy
+import json
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -292,11 +293,18 @@ def _load_vision_encoder(
             model_args=model_args,
         )
     elif isinstance(vision_encoder, str | Path):
-        name = str(vision_encoder)
-        is_local = Path(name).is_dir()
-        with _loading("vision_encoder", name):
+        name, weights = str(vision_encoder), dict[str, Any]()
+        if Path(name).is_dir():
+            name, model_args, weights = _read_backbone(Path(name))
+            made_for = model_args.pop("img_size", None)
+            image_size = image_size or ((made_for[0], made_for[1]) if isinstance(made_for, list) else made_for)
+        with _loading("vision_encoder", vision_encoder):
             encoder = VisionEncoder.from_timm(
-                f"local-dir:{name}" if is_local else name, pretrained=True, image_size=image_size, channels=channels
+                name,
+                pretrained=True,
+                image_size=image_size,
+                channels=channels,
+                model_args={**(model_args or {}), **weights},
             )
     elif isinstance(vision_encoder, nn.Module):
         encoder = VisionEncoder(vision_encoder, image_size=image_size, channels=channels)
@@ -306,6 +314,21 @@ def _load_vision_encoder(
             f"{type(vision_encoder).__name__}"
         )
     return encoder.to(dtype=dtype), _describe(encoder, model_args)
+
+
+def _read_backbone(path: Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """Read what timm wrote for the hub: name, arguments, and how to load the weights."""
+    weights, config = path / "model.safetensors", path / "config.json"
+    missing = [file.name for file in (weights, config) if not file.exists()]
+    if missing:
+        raise OSError(
+            f"vision_encoder={str(path)!r} has no {' and no '.join(missing)}; a local copy of a backbone is written by "
+            "timm.models.save_for_hf(model, path, safe_serialization=True)"
+        )
+    content = json.loads(config.read_text())
+    overlay = content.get("pretrained_cfg", {}) | {"file": str(weights)}
+    model_args = {k: v for k, v in content.get("model_args", {}).items() if k not in ("num_classes", "in_chans")}
+    return content["architecture"], model_args, {"pretrained_cfg_overlay": overlay}
 
 
 def _describe(encoder: VisionEncoder, model_args: dict[str, Any] | None) -> FlamingoVisionConfig:

@@ -84,6 +84,8 @@ class FlamingoConfig(PreTrainedConfig):
 
     model_type = "flamingo"
     sub_configs: ClassVar = {"text_config": AutoConfig, "vision_config": FlamingoVisionConfig}
+    # Older versions of transformers would make one without a language model to find the defaults.
+    has_no_defaults_at_init: ClassVar = True
     keys_to_ignore_at_inference: ClassVar = ["past_key_values", "cache_params", "state", "media_cache"]
 
     text_config: PreTrainedConfig | dict[str, Any] | None = None
@@ -138,3 +140,15 @@ class FlamingoConfig(PreTrainedConfig):
         if self.new_token_ids is None:
             self.new_token_ids = [self.image_token_id, self.end_of_chunk_token_id]
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
+
+    def get_text_config(self, *args: Any, **kwargs: Any) -> Any:
+        """Give the language model's configuration, with a vocabulary that counts the new tokens.
+
+        It is what transformers asks while generating. `text_config` itself stays that of the language model.
+        """
+        text_config = super().get_text_config(*args, **kwargs)
+        if text_config is self or not self.new_token_ids:
+            return text_config
+        text_config = copy.copy(text_config)
+        text_config.vocab_size = max(text_config.vocab_size, *(i + 1 for i in self.new_token_ids))
+        return text_config

@@ -121,8 +121,8 @@ class MediaCache:
     def ranges_at(self, start: int, length: int) -> Int[Tensor, "batch length 2"]:
         """Give the ranges of the tokens from `start` on.
 
-        What was not announced by `add_text` sees what the last announced token saw: a generated `<image>` is a word, not
-        a medium.
+        What was not announced by `add_text` sees what the last announced token saw: a generated `<image>` is a word,
+        not a medium.
 
         Args:
             start: Position of the first token.

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -112,6 +111,11 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         # Under from_pretrained, modules are made without data, and all non-persistent buffers are lost.
         is_meta = torch.get_default_device().type == "meta"
+        if is_meta and language_model is not None and language_model.device.type != "meta":
+            raise ValueError(
+                "language_model cannot be passed to from_pretrained, which loads it with everything else; to put saved "
+                "blocks into another language model, build a Flamingo around that one and load their state_dict"
+            )
         self._lost_buffers = _non_persistent_buffers(vision_encoder.backbone) if is_meta and vision_encoder else {}
         auto_model: Any = AutoModelForCausalLM
         lm = auto_model.from_config(config.text_config) if language_model is None else language_model
@@ -154,7 +158,8 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if not is_meta:
             for module in self.modules():
                 module._is_hf_initialized = True  # type: ignore[assignment]
-        super().post_init()  # type: ignore[no-untyped-call]
+        self._note_dtypes()
+        self.post_init()  # type: ignore[no-untyped-call]
 
     # ------------------------------------------------------------ what is trained
 
@@ -410,14 +415,6 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         transformers_generate: Any = super().generate  # type: ignore[misc]
         return transformers_generate(inputs, *args, media_cache=media_cache, **kwargs)
 
-    def compute_transition_scores(self, sequences: Tensor, scores: Any, *args: Any, **kwargs: Any) -> Any:
-        """Score the tokens of what was generated, as in transformers, new tokens included."""
-        # It reads the vocabulary's size in the config, which knows of the language model's own tokens only.
-        text_config = copy.deepcopy(self.config.get_text_config())
-        text_config.vocab_size = scores[0].shape[-1]
-        stand_in: Any = SimpleNamespace(config=text_config)
-        return GenerationMixin.compute_transition_scores(stand_in, sequences, scores, *args, **kwargs)
-
     def prepare_inputs_for_generation(  # type: ignore[override]
         self,
         input_ids: Tensor,
@@ -496,11 +493,14 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
         """Save the whole model, backbones included; arguments as in transformers."""
-        dtype = self.language_model.dtype
-        trained, vision = next(self.resampler.parameters()).dtype, next(self.vision_encoder.parameters()).dtype
-        self.config.trained_dtype = None if trained == dtype else str(trained).removeprefix("torch.")
-        self.config.vision_dtype = None if vision == dtype else str(vision).removeprefix("torch.")
+        self._note_dtypes()
         return super().save_pretrained(*args, **kwargs)
+
+    def _note_dtypes(self) -> None:
+        """Write down which parts have another dtype than the language model; transformers knows of one only."""
+        dtypes = (next(part.parameters()).dtype for part in (self.resampler, self.vision_encoder))
+        names = [None if dtype == self.language_model.dtype else str(dtype).removeprefix("torch.") for dtype in dtypes]
+        self.config.trained_dtype, self.config.vision_dtype = names
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

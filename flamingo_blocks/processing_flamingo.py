@@ -362,7 +362,7 @@ def _load(image: Any, channels: int) -> Image.Image:
         raise ValueError(f"an image must be {_KINDS}, got {type(image).__name__}")
     if 0 in image.size:
         raise ValueError(f"an image must have at least one pixel, got width and height {image.size}")
-    image = ImageOps.exif_transpose(image)
+    image = _turn_upright(image)
     if image.mode == "I":
         lowest, highest = image.getextrema()
         if lowest < 0 or highest > 65535:
@@ -388,9 +388,17 @@ def _open(path: str | Path) -> Image.Image:
         raise ValueError(f"there is no image file {name}; images are never fetched from elsewhere, load it first")
     try:
         with Image.open(path) as image:
-            return ImageOps.exif_transpose(image)
+            return image.copy()
     except Exception as error:  # decoders raise errors of many kinds
         raise ValueError(f"{name} cannot be read as an image: {error}") from error
+
+
+def _turn_upright(image: Image.Image) -> Image.Image:
+    image = image.copy()  # older Pillow turns TIFF images when it reads them, but tells only the copy
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # damaged EXIF data, common on the web, say nothing about the pixels
+        return image
 
 
 def _from_array(image: np.ndarray | Tensor) -> Image.Image:

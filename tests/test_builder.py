@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import timm
 import torch
 from torch import nn
@@ -34,8 +35,8 @@ def local_lm(tmp_path: Path) -> Path:
 @pytest.fixture
 def local_backbone(tmp_path: Path) -> Path:
     path = tmp_path / "backbone"
-    backbone: Any = timm.create_model("test_vit", num_classes=0)
-    timm.models.save_for_hf(backbone, str(path), safe_serialization=True)
+    backbone: Any = timm.create_model("test_vit", num_classes=0, depth=2)
+    timm.models.save_for_hf(backbone, str(path), model_args={"depth": 2}, safe_serialization=True)
     return path
 
 
@@ -47,10 +48,13 @@ def test_local_paths_are_loaded_with_their_weights_and_their_tokenizer(local_lm:
     base = AutoModelForCausalLM.from_pretrained(local_lm)
     expected = base.state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in model.language_model.state_dict().items())
-    backbone = timm.create_model(f"local-dir:{local_backbone}", pretrained=True, num_classes=0).state_dict()
+    backbone = safetensors.torch.load_file(local_backbone / "model.safetensors")
     assert all(torch.equal(t, backbone[name]) for name, t in model.vision_encoder.backbone.state_dict().items())
     assert processor.tokenizer.get_vocab()["<image>"] == VOCAB
     assert model.vision_encoder.image_size == (160, 160)
+    vision_config: Any = model.config.vision_config
+    assert vision_config.architecture == "test_vit"
+    assert vision_config.model_args["depth"] == 2
 
 
 def test_a_model_is_taken_as_it_is_and_a_configuration_is_made_anew() -> None:
@@ -232,6 +236,11 @@ def test_an_id_without_network_says_so_and_how_to_use_a_local_path(argument: str
     arguments[argument] = "resnet18" if argument == "vision_encoder" else "nobody/has-this"
     with pytest.raises(OSError, match=f"(?s){argument}='.*could not be loaded.*give the path of a local copy"):
         build_flamingo(**arguments)
+
+
+def test_a_directory_that_holds_no_backbone_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"has no model\.safetensors and no config\.json; a local copy .*save_for_hf"):
+        build(vision=tmp_path)
 
 
 def test_an_unknown_backbone_is_named() -> None:

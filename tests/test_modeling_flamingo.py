@@ -409,7 +409,8 @@ def test_scores_of_what_was_generated_count_new_tokens_too(options: dict[str, in
         **prompt.inputs, **GREEDY | options, eos_token_id=None, output_scores=True, return_dict_in_generate=True
     )
     beams = output.beam_indices if options else None
-    scores = model.compute_transition_scores(output.sequences, output.scores, beams, normalize_logits=not options)
+    score: Any = model.compute_transition_scores  # type: ignore[misc]
+    scores = score(output.sequences, output.scores, beams, normalize_logits=not options)
     logits = model(output.sequences, prompt.pixel_values, prompt.num_frames).logits
     logits[..., model.config.image_token_id] = -torch.inf  # it is not generated
     if options:
@@ -519,6 +520,18 @@ def test_a_backbone_that_timm_cannot_name_is_passed_again(tmp_path: Any) -> None
         tmp_path, vision_encoder=VisionEncoder(backbone(), image_size=32)
     )
     assert torch.equal(loaded(**prompt.inputs).logits, model(**prompt.inputs).logits)
+
+
+def test_a_backbone_that_is_passed_keeps_the_buffers_that_no_file_holds(tmp_path: Any) -> None:
+    model, _ = make_flamingo("llama", "swin")
+    model.save_pretrained(tmp_path)
+    prompt = Prompt.make(model)
+    loaded = FlamingoForConditionalGeneration.from_pretrained(
+        tmp_path, vision_encoder=copy.deepcopy(model.vision_encoder)
+    )
+    assert torch.equal(loaded(**prompt.inputs).logits, model(**prompt.inputs).logits)
+    with pytest.raises(ValueError, match="language_model cannot be passed to from_pretrained"):
+        FlamingoForConditionalGeneration.from_pretrained(tmp_path, language_model=make_lm("llama"))
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])

@@ -103,9 +103,11 @@ def test_every_setting_reaches_timm(crop_mode: str, interpolation: str) -> None:
 
 
 def test_statistics_of_colours_are_averaged_for_grey() -> None:
-    processor = FlamingoImageProcessor.from_timm(timm.create_model("test_vit"), image_size=(32, 32), channels=1)
-    assert processor.image_mean == pytest.approx([0.5])
-    assert processor.image_std == pytest.approx([0.5])
+    statistics = {"mean": (0.5, 0.4, 0.3), "std": (0.1, 0.3, 0.2)}
+    backbone = timm.create_model("test_vit", pretrained_cfg_overlay=statistics)
+    processor = FlamingoImageProcessor.from_timm(backbone, image_size=(32, 32), channels=1)
+    assert processor.image_mean == pytest.approx([0.4])
+    assert processor.image_std == pytest.approx([0.2])
     assert processor(CAT)["pixel_values"].shape == (1, 1, 32, 32)
 
 
@@ -211,7 +213,7 @@ def test_a_transparent_palette_gives_its_colours(transparency: int | bytes, tmp_
     assert torch.equal(pixels_of(tmp_path / "palette.png"), pixels_of(palette))
 
 
-@pytest.mark.parametrize("mode", ["RGB", "I;16"])
+@pytest.mark.parametrize("mode, suffix", [("RGB", "png"), ("I;16", "png"), ("RGB", "tiff")])
 @pytest.mark.parametrize(
     "orientation, stored_as",
     [
@@ -224,14 +226,23 @@ def test_a_transparent_palette_gives_its_colours(transparency: int | bytes, tmp_
         (8, Image.Transpose.ROTATE_270),
     ],
 )
-def test_images_are_turned_upright(mode: str, orientation: int, stored_as: Image.Transpose, tmp_path: Path) -> None:
+def test_images_are_turned_upright(
+    mode: str, suffix: str, orientation: int, stored_as: Image.Transpose, tmp_path: Path
+) -> None:
+    path = tmp_path / f"turned.{suffix}"
     upright = CAT if mode == "RGB" else DEEP[mode](np.asarray(CAT.convert("L")))
     exif = Image.Exif()
     exif[0x0112] = orientation
-    upright.transpose(stored_as).save(tmp_path / "turned.png", exif=exif)
-    assert torch.equal(pixels_of(tmp_path / "turned.png"), pixels_of(upright))
-    with Image.open(tmp_path / "turned.png") as turned:
+    upright.transpose(stored_as).save(path, exif=exif)
+    assert torch.equal(pixels_of(path), pixels_of(upright))
+    with Image.open(path) as turned:
         assert torch.equal(pixels_of(turned), pixels_of(upright))
+
+
+def test_damaged_exif_data_are_no_reason_to_refuse_an_image(tmp_path: Path) -> None:
+    CAT.save(tmp_path / "damaged.jpg", exif=b"Exif\0\0no such thing")
+    CAT.save(tmp_path / "sound.jpg")
+    assert torch.equal(pixels_of(tmp_path / "damaged.jpg"), pixels_of(tmp_path / "sound.jpg"))
 
 
 def test_images_are_left_as_they_are() -> None:
@@ -353,6 +364,12 @@ def test_a_single_image(image: Any) -> None:
     assert torch.equal(inputs["pixel_values"], pixels_of(CAT)[None, None])
 
 
+@pytest.mark.parametrize("images", [np.asarray(CAT.convert("L")), [torch.from_numpy(np.array(CAT.convert("L")))]])
+def test_an_array_of_two_axes_is_a_grey_image(images: Any) -> None:
+    inputs = make_processor()(text="<image>a", images=images)
+    assert torch.equal(inputs["pixel_values"], pixels_of(CAT.convert("L"))[None, None])
+
+
 def test_images_and_videos_stand_together_in_a_row() -> None:
     inputs = make_processor()(text=["<image>a<image>", "<image>"], images=[[CAT, [DOG, EEL, CAT]], [[EEL, DOG]]])
     assert torch.equal(inputs["num_frames"], torch.tensor([[1, 3], [2, 0]]))
@@ -399,6 +416,20 @@ def test_numpy_arrays_are_what_the_tensors_are() -> None:
     arrays, tensors = (make_processor()(**arguments, return_tensors=kind) for kind in ("np", "pt"))
     assert all(isinstance(array, np.ndarray) for array in arrays.values())
     assert_same(BatchFeature({key: torch.from_numpy(array) for key, array in arrays.items()}), tensors)
+
+
+def test_text_is_padded_to_the_length_asked_for() -> None:
+    inputs = make_processor()(text="a cat", padding="max_length", max_length=4)
+    assert inputs["attention_mask"].tolist() == [[1, 1, 0, 0]]
+
+
+def test_types_of_tokens_are_not_returned_unless_asked_for() -> None:
+    """Flamingo's language models take none, but some of their tokenizers return them."""
+    tokenizer = make_tokenizer()
+    tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    processor = FlamingoProcessor(make_image_processor(), tokenizer)
+    assert processor(text="a").keys() == {"input_ids", "attention_mask"}
+    assert "token_type_ids" in processor(text="a", return_token_type_ids=True)
 
 
 def test_truncation_may_cut_text_behind_the_last_medium() -> None:
