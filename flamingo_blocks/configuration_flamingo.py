@@ -16,7 +16,7 @@ from transformers import AutoConfig, PreTrainedConfig
 class FlamingoVisionConfig(PreTrainedConfig):
     """Which timm model the vision encoder is, and for which images.
 
-    Args:
+    Attributes:
         architecture: Name for `timm.create_model`, without weights' tag. None: a model that timm cannot make by name;
             it must be passed to the model as an instance, also in `from_pretrained`.
         model_args: Further arguments of `timm.create_model`, e.g. `{"output_stride": 8}`.
@@ -48,7 +48,7 @@ class FlamingoConfig(PreTrainedConfig):
     Sizes that are None follow from the backbones. `build_flamingo` fills in the rest; write one by hand, or take one
     from `flamingo_blocks.presets`, for a model without pretrained backbones.
 
-    Args:
+    Attributes:
         text_config: The language model's own configuration.
         vision_config: The vision encoder's.
         cross_attention_layers: Decoder layers that get a block before them. None: all (the paper's 3B model); see

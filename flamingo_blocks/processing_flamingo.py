@@ -169,12 +169,12 @@ class FlamingoProcessor(ProcessorMixin):
     @no_type_check  # transformers looks at the code of constructors
     def __init__(
         self,
-        image_processor=None,
-        tokenizer=None,
-        chat_template=None,
-        image_token="<image>",
-        end_of_chunk_token="<EOC>",
-    ):
+        image_processor: FlamingoImageProcessor | None = None,
+        tokenizer: Any = None,
+        chat_template: str | None = None,
+        image_token: str = "<image>",
+        end_of_chunk_token: str = "<EOC>",
+    ) -> None:
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
         self.image_token = image_token
         self.end_of_chunk_token = end_of_chunk_token

@@ -1,4 +1,6 @@
+import runpy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -40,3 +42,9 @@ def test_shapes_are_the_papers(
     # All that the paper trains, and nothing else.
     trained = {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad}
     assert trained == {"resampler", "injector", "new_tokens"}
+
+
+def test_the_table_in_the_docs_is_what_the_shapes_give() -> None:
+    script = Path(__file__).parents[1] / "docs" / "figures" / "preset_sizes.py"
+    written = script.parents[1] / "assets" / "preset_sizes.md"
+    assert runpy.run_path(str(script))["table"]() == written.read_text()
