@@ -42,6 +42,14 @@ SCOPES = "flamingo_blocks/scopes.py"
 INJECTION = "flamingo_blocks/injection.py"
 LANGUAGE = "flamingo_blocks/language.py"
 VISION = "flamingo_blocks/vision.py"
+BASELINES = "flamingo_blocks/blocks/resampler_baselines.py"
+NEW_TOKENS = "flamingo_blocks/new_tokens.py"
+MEDIA_CACHE = "flamingo_blocks/media_cache.py"
+CONFIGURATION = "flamingo_blocks/configuration_flamingo.py"
+MODELING = "flamingo_blocks/modeling_flamingo.py"
+PROCESSING = "flamingo_blocks/processing_flamingo.py"
+BUILDER = "flamingo_blocks/builder.py"
+PRESETS = "flamingo_blocks/presets.py"
 
 MUTANTS = [
     Mutant(
@@ -265,7 +273,7 @@ MUTANTS = [
         "gate zero is the base LM, bit for bit",
         "the hook returns hidden states that are rounded",
         INJECTION,
-        "return block(hidden_states, media, scope.runs)",
+        "hidden_states = block(hidden_states, media, scope.runs)",
         "return block(hidden_states.bfloat16().to(hidden_states.dtype), media, scope.runs)",
         "tests/test_injection.py::test_gate_zero_is_the_base_lm_bit_for_bit",
     ),
@@ -273,7 +281,7 @@ MUTANTS = [
         "gate zero leaves gradients as they are",
         "blocks run without gradient",
         INJECTION,
-        "return block(hidden_states, media, scope.runs)",
+        "hidden_states = block(hidden_states, media, scope.runs)",
         "return block(hidden_states.detach(), media, scope.runs)",
         "tests/test_injection.py::test_gate_zero_leaves_the_gradients_to_the_inputs_bit_for_bit",
     ),
@@ -386,8 +394,8 @@ MUTANTS = [
         "the backbone is frozen for good",
         "`train()` reaches the backbone, whose statistics move",
         VISION,
-        "        super().train(mode)\n        self.backbone.eval()\n",
-        "        super().train(mode)\n",
+        "        if self.is_frozen:\n            self.backbone.eval()\n",
+        "",
         "tests/test_vision.py::test_frozen_for_good",
     ),
     Mutant(
@@ -417,6 +425,222 @@ MUTANTS = [
         "tests/test_architecture.py::test_imports_point_only_to_lower_layers",
     ),
     Mutant(
+        "gate zero is the base LM (whole model)",
+        "the configuration resets the attention implementation of the model in use",
+        CONFIGURATION,
+        "self.text_config = copy.deepcopy(self.text_config)",
+        "pass",
+        "tests/test_modeling_flamingo.py::test_gate_zero_is_the_base_lm_bit_for_bit",
+    ),
+    Mutant(
+        "gate zero generates what the base LM generates",
+        "an untrained token has the largest logit",
+        NEW_TOKENS,
+        "self.head.copy_(head.weight.mean(0, dtype=torch.float32))",
+        "self.head.copy_(1e3 * head.weight[13].float())",
+        "tests/test_modeling_flamingo.py::test_gate_zero_generates_what_the_base_lm_generates",
+    ),
+    Mutant(
+        "cached decoding = the full forward",
+        "generated text sees what the first token of the prompt saw",
+        MEDIA_CACHE,
+        "positions.clamp(0, last)",
+        "positions.clamp(0, last) * (positions <= last)",
+        "tests/test_modeling_flamingo.py::test_cached_decoding_equals_the_full_forward",
+    ),
+    Mutant(
+        "media are projected once",
+        "keys and values are computed twice",
+        MODELING,
+        "media_cache.add_text(self._is_image(text), num_media, start",
+        "self.injector.project_media(media)\n        media_cache.add_text(self._is_image(text), num_media, start",
+        "tests/test_modeling_flamingo.py::test_media_are_encoded_and_projected_once",
+    ),
+    Mutant(
+        "rows that share media are as rows with copies",
+        "tokens of the rows are mixed up",
+        INJECTION,
+        "hidden_states = hidden_states.reshape(-1, scope.rows_per_media * shape[1], *shape[2:])",
+        "hidden_states = hidden_states.transpose(0, 1).reshape(-1, scope.rows_per_media * shape[1], *shape[2:])",
+        "tests/test_injection.py::test_rows_that_share_media_give_what_copies_of_the_media_give",
+    ),
+    Mutant(
+        "beams see the media of their row",
+        "a beam sees what another token of the row sees",
+        MODELING,
+        "media_ranges.repeat(1, rows_per_media, 1)",
+        "media_ranges.repeat_interleave(rows_per_media, dim=1)",
+        "tests/test_modeling_flamingo.py::test_scores_of_what_was_generated_count_new_tokens_too",
+    ),
+    Mutant(
+        "padding frames are not encoded",
+        "all frames are encoded",
+        MODELING,
+        "if num_frames is None or torch.compiler.is_compiling():",
+        "if True:",
+        "tests/test_modeling_flamingo.py::test_padding_frames_and_media_are_not_encoded_and_may_hold_anything",
+    ),
+    Mutant(
+        "`<image>` tokens and media must agree in number (generate)",
+        "nobody counts",
+        MEDIA_CACHE,
+        "MediaRuns.from_ranges(media_ranges(media_locations), num_media=new_media)",
+        "pass",
+        "tests/test_modeling_flamingo.py::test_counts_of_image_tokens_and_media_that_differ_name_the_row",
+    ),
+    Mutant(
+        "a training step moves what is trained and nothing else",
+        "the language model is trained too",
+        MODELING,
+        'self.language_model.requires_grad_("language_model" not in frozen)',
+        "self.language_model.requires_grad_(True)",
+        "tests/test_modeling_flamingo.py::test_a_training_step_moves_what_is_trained_and_nothing_else",
+    ),
+    Mutant(
+        "the loss counts what is labelled",
+        "labels are not shifted",
+        MODELING,
+        "loss = self.loss_function(logits=logits, labels=labels,",
+        "loss = self.loss_function(logits=logits, labels=labels.roll(1, 1),",
+        "tests/test_modeling_flamingo.py::test_the_loss_is_the_mean_over_the_labels",
+    ),
+    Mutant(
+        "save and load keep the frozen set",
+        "loading leaves everything trainable, as transformers does",
+        MODELING,
+        "        model.freeze()\n",
+        "",
+        "tests/test_modeling_flamingo.py::test_save_and_load_give_the_same_bits_and_the_same_frozen_set",
+    ),
+    Mutant(
+        "save and load give the same bits",
+        "buffers that no file holds are left as they come",
+        MODELING,
+        "        model._restore_buffers()\n",
+        "",
+        "tests/test_modeling_flamingo.py::test_save_and_load_give_the_same_bits_and_the_same_frozen_set",
+    ),
+    Mutant(
+        "a conversation with caches = the prompt in one piece",
+        "earlier media are forgotten",
+        MEDIA_CACHE,
+        "earlier = _first(int(before.max()), before)",
+        "earlier = _first(int(before.max()), torch.zeros_like(before))",
+        "tests/test_modeling_flamingo.py::test_a_conversation_with_caches_equals_the_prompt_in_one_piece",
+    ),
+    Mutant(
+        "text in pieces sees what it sees in one piece",
+        "padding comes before real media",
+        MEDIA_CACHE,
+        "descending=True",
+        "descending=False",
+        "tests/test_media_cache.py::test_text_in_pieces_sees_what_it_sees_in_one_piece",
+    ),
+    Mutant(
+        "prefill in chunks gives the same",
+        "each chunk counts from 0",
+        MODELING,
+        "start = max(start, int(cache.get_seq_length()))",
+        "pass",
+        "tests/test_modeling_flamingo.py::test_prefill_in_chunks_gives_the_same",
+    ),
+    Mutant(
+        "the end of a chunk ends the text",
+        "it does not",
+        MODELING,
+        "_with_id(lm.generation_config.eos_token_id, config.end_of_chunk_token_id)",
+        "lm.generation_config.eos_token_id",
+        "tests/test_modeling_flamingo.py::test_image_tokens_are_not_generated_and_the_end_of_a_chunk_ends_the_text",
+    ),
+    Mutant(
+        "scores count new tokens",
+        "the vocabulary is the language model's",
+        CONFIGURATION,
+        "if text_config is self or not self.new_token_ids:",
+        "if True:",
+        "tests/test_modeling_flamingo.py::test_scores_of_what_was_generated_count_new_tokens_too",
+    ),
+    Mutant(
+        "old tokens keep their logits",
+        "new rows are added to all embeddings",
+        NEW_TOKENS,
+        "torch.where((index >= 0)[..., None], rows, embeddings)",
+        "embeddings + rows",
+        "tests/test_new_tokens.py::test_old_tokens_keep_their_logits_bit_for_bit",
+    ),
+    Mutant(
+        "new tokens are what a resized table would hold",
+        "ids within the vocabulary keep the old logits",
+        NEW_TOKENS,
+        "if inside:",
+        "if False:",
+        "tests/test_new_tokens.py::test_new_tokens_are_what_a_resized_language_model_would_have",
+    ),
+    Mutant(
+        "an untrained token is never the most likely",
+        "it starts as another token's row",
+        NEW_TOKENS,
+        "self.head.copy_(head.weight.mean(0, dtype=torch.float32))",
+        "self.head.copy_(2 * head.weight[13].float())",
+        "tests/test_new_tokens.py::test_at_the_start_a_new_token_is_never_the_most_likely",
+    ),
+    Mutant(
+        "each frame stands at its place (processor)",
+        "frames are sorted from the end",
+        PROCESSING,
+        "pixel_values[is_real] = pixels",
+        "pixel_values[is_real] = pixels.flip(0)",
+        "tests/test_processing_flamingo.py::test_each_frame_stands_at_its_place_and_all_else_is_zero",
+    ),
+    Mutant(
+        "truncation must not cut a medium from its token",
+        "nobody looks",
+        PROCESSING,
+        "            if count != left:",
+        "            if False:",
+        "tests/test_processing_flamingo.py::test_truncation_must_not_cut_a_medium",
+    ),
+    Mutant(
+        "a user's tokenizer is left alone",
+        "it gets the new tokens",
+        BUILDER,
+        "tokenizer = copy.deepcopy(tokenizer)",
+        "pass",
+        "tests/test_builder.py::test_the_tokenizer_is_copied_and_gets_what_it_lacks",
+    ),
+    Mutant(
+        "a language model that is not what it seems is found out",
+        "nobody runs it",
+        BUILDER,
+        "    check_injection(model)\n",
+        "",
+        "tests/test_builder.py::test_a_time_major_language_model_is_found_out",
+    ),
+    Mutant(
+        "the presets have the paper's shapes",
+        "80B has a block before every 8th layer",
+        PRESETS,
+        "heads=64, every=7",
+        "heads=64, every=8",
+        "tests/test_presets.py::test_shapes_are_the_papers",
+    ),
+    Mutant(
+        "padding changes nothing (baselines)",
+        "padding frames are attended to",
+        BASELINES,
+        "ignore = ~is_real & is_real.any(-1, keepdim=True)",
+        "ignore = torch.zeros_like(is_real)",
+        "tests/blocks/test_resampler_baselines.py::test_each_medium_is_resampled_as_if_it_were_alone_and_unpadded",
+    ),
+    Mutant(
+        "a padding medium is finite (baselines)",
+        "its mean divides by zero",
+        BASELINES,
+        ".clamp(min=1)",
+        "",
+        "tests/blocks/test_resampler_baselines.py::test_each_medium_is_resampled_as_if_it_were_alone_and_unpadded",
+    ),
+    Mutant(
         "shapes are checked at run time in tests",
         "the jaxtyping hook is off",
         "pyproject.toml",
@@ -430,7 +654,7 @@ README = """\
 # Tests
 
 They mirror the package. `strategies.py` says what hypothesis draws, `reference.py` holds the slow versions that the
-library is compared with, `tiny_language_models.py` the language models.
+library is compared with, `tiny_language_models.py` and `tiny_flamingo.py` the models.
 
 `make test` runs pytest twice: with run-time checks of all annotated shapes, then, without them, the tests with the
 marker `unchecked`: torch.compile, and our own errors about shapes. `make test-long` draws 2,000 examples a law.
