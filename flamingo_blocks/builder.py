@@ -73,7 +73,8 @@ def build_flamingo(
 
     Args:
         language_model: A causal language model: its id on the hub, the path of a local copy, a model, or a
-            configuration, for one that is trained from scratch. A model is not copied; the blocks go into it.
+            configuration, for one that is trained from scratch. A model is not copied; the blocks go into it, until
+            `model.eject()` takes them out.
         vision_encoder: A timm model: its name, with pretrained weights; the path of a local copy (`config.json` and
             weights, as timm saves for the hub); a model, as it is; or a `FlamingoVisionConfig`, for one with random
             weights.
@@ -150,7 +151,11 @@ def build_flamingo(
     model: Any = FlamingoForConditionalGeneration(config, language_model=lm, vision_encoder=encoder)
     model.eval()
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    check_injection(model)
+    try:
+        check_injection(model)
+    except ValueError:
+        model.eject()
+        raise
     image_processor = FlamingoImageProcessor.from_timm(
         encoder.backbone, image_size=encoder.image_size, channels=encoder.channels
     )

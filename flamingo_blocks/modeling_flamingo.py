@@ -72,7 +72,8 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     Args:
         config: What to make. Backbones that are not passed are made from it, with random weights.
-        language_model: A causal language model of transformers. It is not copied; blocks are injected into it.
+        language_model: A causal language model of transformers. It is not copied; blocks are injected into it, until
+            `eject`.
         vision_encoder: A vision encoder. It is not copied.
 
     Attributes:
@@ -133,7 +134,7 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         indices = range(len(layers)) if config.cross_attention_layers is None else config.cross_attention_layers
         dim = find_hidden_size(lm)
         blocks = {index: _make_block(config, dim, self.resampler.dim) for index in indices}
-        self.injector = LMLayerInjector(blocks).inject(layers)
+        self.injector = LMLayerInjector(blocks)
         self.new_tokens: NewTokens | None = None
         if config.new_token_ids:
             embedding: Any = lm.get_input_embeddings()
@@ -146,10 +147,13 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
             )
             if not head.weight.is_meta:
                 self.new_tokens.start_from(lm)
-            self.new_tokens.inject(lm)
         for part in (self.resampler, self.injector, self.new_tokens):
             if part is not None:
                 part.to(device=None if is_meta else lm.device, dtype=_dtype(config.trained_dtype, lm))
+        # Only now, when nothing can fail any more: a language model is never left half changed.
+        self.injector.inject(layers)
+        if self.new_tokens is not None:
+            self.new_tokens.inject(lm)
         self._lm_arguments = _argument_names(lm.forward)
         self.generation_config = copy.deepcopy(lm.generation_config)
         self.generation_config.eos_token_id = _with_id(lm.generation_config.eos_token_id, config.end_of_chunk_token_id)
@@ -162,6 +166,17 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.post_init()  # type: ignore[no-untyped-call]
 
     # ------------------------------------------------------------ what is trained
+
+    def eject(self) -> Any:
+        """Take everything out of the language model again, which is as it was, though frozen.
+
+        Returns:
+            The language model.
+        """
+        self.injector.eject()
+        if self.new_tokens is not None:
+            self.new_tokens.eject()
+        return self.language_model
 
     def freeze(self) -> None:
         """Freeze the parts that `config.freeze` names, and unfreeze the other backbones."""

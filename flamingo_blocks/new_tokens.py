@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from flamingo_blocks.scopes import Opened, Scopes
 
@@ -55,6 +56,7 @@ class NewTokens(nn.Module):
         self.head_bias = nn.Parameter(torch.empty(len(token_ids)))
         self.reset_parameters()
         self._scopes = Scopes()
+        self._handles: list[RemovableHandle] = []
 
     def reset_parameters(self) -> None:
         """Draw small random rows. `start_from` gives better ones."""
@@ -83,14 +85,22 @@ class NewTokens(nn.Module):
             self.head_bias.fill_(head.bias.mean(dtype=torch.float32))
 
     def inject(self, lm: nn.Module) -> None:
-        """Put the tables in place, once. Outside of a scope the language model stays what it was.
+        """Put the tables in place. Outside of a scope the language model stays what it was.
 
         Args:
             lm: A causal language model of transformers.
         """
         model: Any = lm
-        model.get_input_embeddings().register_forward_hook(_EmbeddingHook(self))
-        model.get_output_embeddings().register_forward_hook(_HeadHook(self))
+        self._handles = [
+            model.get_input_embeddings().register_forward_hook(_EmbeddingHook(self)),
+            model.get_output_embeddings().register_forward_hook(_HeadHook(self)),
+        ]
+
+    def eject(self) -> None:
+        """Take the tables out: the language model is as it was."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
 
     def old_ids(self, input_ids: Int[Tensor, "batch text"]) -> Int[Tensor, "batch text"]:
         """Replace new tokens by token 0, for a language model that must not see an id it does not know."""

@@ -612,8 +612,8 @@ MUTANTS = [
         "a language model that is not what it seems is found out",
         "nobody runs it",
         BUILDER,
-        "    check_injection(model)\n",
-        "",
+        "        check_injection(model)\n",
+        "        pass\n",
         "tests/test_builder.py::test_a_time_major_language_model_is_found_out",
     ),
     Mutant(

@@ -11,7 +11,6 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, LlamaModel
 
 from flamingo_blocks import FlamingoForConditionalGeneration, FlamingoProcessor, VisionEncoder, build_flamingo
-from flamingo_blocks.builder import check_injection
 from flamingo_blocks.configuration_flamingo import FlamingoVisionConfig
 from tests.tiny_flamingo import SIZES, VISION, Prompt, make_flamingo, make_tokenizer
 from tests.tiny_language_models import CONFIGS, VOCAB, make_lm
@@ -248,16 +247,21 @@ def test_an_unknown_backbone_is_named() -> None:
         build(vision="resnet1800")
 
 
-def test_a_language_model_that_skips_or_repeats_layers_is_found_out() -> None:
+def test_a_language_model_that_repeats_a_layer_is_found_out() -> None:
     lm = make_lm("llama")
-    forward = type(lm.model.layers[0]).forward
-    with pytest.MonkeyPatch.context() as patch:
-        # Each layer runs twice.
-        patch.setattr(lm.model.layers[1], "forward", lambda *a, **k: forward(lm.model.layers[1], *a, **k))
-        model, _ = build(lm)
-    lm.model.layers[0].register_forward_pre_hook(lambda *_: lm.model.layers[2](torch.zeros(2, 3, 32)) and None)
-    with pytest.raises(ValueError, match=r"LlamaForCausalLM.*"):
-        check_injection(model)
+    layers = lm.model.layers
+    once: list[int] = []
+
+    def run_the_last_layer_first(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not once:
+            once.append(1)
+            layers[2](*args, **kwargs)
+
+    layers[0].register_forward_pre_hook(run_the_last_layer_first, with_kwargs=True)
+    with pytest.raises(
+        ValueError, match=r"should run its decoder layers \[0, 1, 2\] once each .* but ran \[2, 0, 1, 2\]"
+    ):
+        build(lm)
 
 
 def test_a_time_major_language_model_is_found_out() -> None:
@@ -269,6 +273,17 @@ def test_a_time_major_language_model_is_found_out() -> None:
     lm.transformer.h[0].register_forward_pre_hook(time_first)
     with pytest.raises(ValueError, match="GPT2LMHeadModel with blocks does not run on plain token ids"):
         build(lm)
+    assert not any(layer._forward_pre_hooks for layer in lm.transformer.h[1:]), "the blocks were taken out again"
+    assert not lm.lm_head._forward_hooks
+
+
+def test_a_language_model_that_has_blocks_is_refused() -> None:
+    lm = make_lm("llama")
+    model, _ = build(lm)
+    with pytest.raises(ValueError, match="this language model already has blocks injected"):
+        build(lm)
+    model.eject()
+    build(lm)
 
 
 def test_importing_the_builder_is_the_only_way_to_pay_for_transformers() -> None:

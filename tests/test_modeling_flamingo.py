@@ -558,6 +558,24 @@ def test_the_language_model_is_itself_outside_of_the_model() -> None:
     assert list(model.language_model.state_dict()) == list(base.state_dict())
 
 
+@every_lm
+def test_eject_gives_the_language_model_back(name: str) -> None:
+    model, _ = make_flamingo(name)
+    prompt = Prompt.make(model)
+    inside = model(**prompt.inputs).logits
+    lm, base = model.eject(), make_lm(name).requires_grad_(False)
+    assert lm is model.language_model
+    for module, other in zip(lm.modules(), base.modules(), strict=True):
+        assert type(module) is type(other)
+        for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks"):
+            assert not getattr(module, hooks)
+    input_ids = torch.randint(10, VOCAB, (2, 7))
+    assert torch.equal(lm(input_ids).logits, base(input_ids).logits)
+    again: Any = FlamingoForConditionalGeneration(model.config, language_model=lm, vision_encoder=model.vision_encoder)
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again.eval()(**prompt.inputs).logits, inside)
+
+
 # ---------------------------------------------------------------- what people look at
 
 
