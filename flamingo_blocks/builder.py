@@ -174,25 +174,26 @@ def add_special_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]
         vocab_size: Rows of the language model's embedding.
 
     Returns:
-        Ids of the tokens that were not there before.
+        Ids of the tokens that are new to the language model.
 
     Raises:
         ValueError: If a token is an ordinary word already, or the tokenizer knows more tokens than the language model.
     """
-    if len(tokenizer) > vocab_size:
+    known = tokenizer.get_vocab()
+    unknown_ids = [i for token, i in known.items() if i >= vocab_size and token not in tokens]
+    if unknown_ids:
         raise ValueError(
-            f"the tokenizer has {len(tokenizer)} tokens, but the language model only {vocab_size}; this is another "
-            "model's tokenizer"
+            f"the tokenizer has tokens up to {max(unknown_ids)}, but the language model only {vocab_size} of them; "
+            "this is another model's tokenizer"
         )
     if len(set(tokens)) != len(tokens):
         raise ValueError(f"image_token and end_of_chunk_token must differ, got {tokens[0]!r} for both")
-    known = tokenizer.get_vocab()
     missing = [token for token in tokens if token not in known]
     # Not normalised: <EOC> must not become <eoc>, which a text might hold.
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in missing], special_tokens=True)
-    for token in tokens:
-        special_token_id(tokenizer, token)
-    return [special_token_id(tokenizer, token) for token in missing]
+    # Also those of an earlier Flamingo's tokenizer, which the language model itself has never seen.
+    ids = {token: special_token_id(tokenizer, token) for token in tokens}
+    return sorted(token_id for token, token_id in ids.items() if token in missing or token_id >= vocab_size)
 
 
 @torch.no_grad()

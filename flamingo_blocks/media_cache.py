@@ -10,8 +10,9 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from flamingo_blocks.blocks import media_mask
 from flamingo_blocks.blocks.attention import KeyValues
-from flamingo_blocks.blocks.media_mask import Attend, MediaRuns, media_ranges
+from flamingo_blocks.blocks.media_mask import Attend, MediaRuns
 
 
 class MediaCache:
@@ -43,99 +44,99 @@ class MediaCache:
         """Number of rows that have media of their own; several rows of text may share one."""
         return 0 if self.num_media is None else self.num_media.shape[0]
 
-    def add_media(self, key_values: Mapping[int, KeyValues], num_media: Int[Tensor, " batch"]) -> None:
-        """Put new media behind those that each row has.
-
-        Args:
-            key_values: Keys and values for each decoder layer with a block; in each row, real media come first.
-            num_media: How many of them are real.
-
-        Raises:
-            ValueError: If their rows are not as many as the cache's, or a multiple.
-        """
-        if self.num_media is None:
-            self.key_values, self.num_media = dict(key_values), num_media.cpu()
-            return
-        num_media = num_media.cpu()
-        batch = num_media.shape[0]
-        if batch % self.rows:
-            raise ValueError(
-                f"media_cache has {self.rows} rows, got media for {batch}; rows must not change between calls"
-            )
-        self._repeat_rows(batch // self.rows)
-        old = next(iter(self.key_values.values())).keys.shape[1]
-        new = next(iter(key_values.values())).keys.shape[1]
-        if old == 0 or new == 0:
-            self.key_values = dict(key_values) if old == 0 else self.key_values
-            self.num_media = self.num_media + num_media
-            return
-        is_real = torch.cat([_first(old, self.num_media), _first(new, num_media)], dim=1)
-        order = is_real.int().argsort(dim=1, descending=True, stable=True)
-        self.num_media = self.num_media + num_media
-        order = order[:, : int(self.num_media.max())]
-        self.key_values = {
-            index: KeyValues(
-                _take(torch.cat([past.keys, key_values[index].keys], dim=1), order),
-                _take(torch.cat([past.values, key_values[index].values], dim=1), order),
-            )
-            for index, past in self.key_values.items()
-        }
-
-    def add_text(
+    def update(
         self,
+        key_values: Mapping[int, KeyValues],
+        num_media: Int[Tensor, " batch"],
         media_locations: Bool[Tensor, "batch text"],
-        new_media: Int[Tensor, " batch"],
         *,
-        attend: Attend,
+        attend: Attend = "last",
         document_ids: Int[Tensor, "batch text"] | None = None,
+        media_ranges: Int[Tensor, "batch text 2"] | None = None,
         start: int = 0,
     ) -> Int[Tensor, "batch text 2"]:
-        """Say what new text sees: media from the cache as well as those that were added last.
+        """Add new text and its media behind those that each row has.
 
         Args:
-            media_locations: Where the new text has the `<image>` tokens of the media added last.
-            new_media: How many media were added last for each row.
-            attend: The rule.
+            key_values: Keys and values of the new media for each decoder layer with a block; in each row, real media
+                come first.
+            num_media: How many of them are real.
+            media_locations: Where the new text has their `<image>` tokens.
+            attend: What a token sees.
             document_ids: For packed documents; earlier text belongs to the document of the first token.
+            media_ranges: Instead of all this, what each token sees, counted over all media of its row; then nothing is
+                known of `<image>` tokens, and nothing is checked.
             start: Position of the new text's first token.
 
         Returns:
-            The new text's ranges. `ranges_at` gives them, too, and for later text what the last token saw.
+            What the new text sees. `ranges_at` gives it, too, and for later text what the last token saw.
 
         Raises:
-            ValueError: If a row's `<image>` tokens and new media do not agree in number.
+            ValueError: If a row's `<image>` tokens and new media do not agree in number, or there are neither as many
+                rows as before nor a multiple. The cache is then as it was.
         """
-        assert self.num_media is not None, "add_media comes first"
-        # Checked on the new text alone: what it sees may include earlier media.
-        MediaRuns.from_ranges(media_ranges(media_locations), num_media=new_media)
-        # Media of earlier text are as if their tokens stood right before this text.
-        before = (self.num_media - new_media.cpu()).to(media_locations.device)
-        earlier = _first(int(before.max()), before)
-        locations = torch.cat([earlier, media_locations], dim=1)
-        if document_ids is not None:
-            document_ids = torch.cat([document_ids[:, :1].expand_as(earlier), document_ids], dim=1)
-        ranges = media_ranges(locations, document_ids=document_ids, attend=attend)
-        self._ranges, self._start = ranges[:, earlier.shape[1] :], start
-        return self._ranges
+        num_media = num_media.cpu()
+        batch = num_media.shape[0]
+        if self.rows and batch % self.rows:
+            raise ValueError(
+                f"media_cache has {self.rows} rows, the new text {batch}; rows must not change between calls"
+            )
+        if media_ranges is None:
+            # Checked on the new text alone: what it sees may include earlier media.
+            MediaRuns.from_ranges(media_mask.media_ranges(media_locations), num_media=num_media)
+        if self.num_media is None:
+            self.num_media = torch.zeros_like(num_media)
+        elif batch != self.rows:
+            self._repeat_rows(batch // self.rows)
+        if media_ranges is None:
+            # Media of earlier text are as if their tokens stood right before this text.
+            earlier = _first(int(self.num_media.max()), self.num_media.to(media_locations.device))
+            locations = torch.cat([earlier, media_locations], dim=1)
+            if document_ids is not None:
+                document_ids = torch.cat([document_ids[:, :1].expand_as(earlier), document_ids], dim=1)
+            ranges = media_mask.media_ranges(locations, document_ids=document_ids, attend=attend)
+            media_ranges = ranges[:, earlier.shape[1] :]
+        self._add_media(key_values, num_media)
+        self._ranges, self._start = media_ranges, start
+        return media_ranges
+
+    def _add_media(self, key_values: Mapping[int, KeyValues], num_media: Tensor) -> None:
+        """Join media row by row, so that each row's real media come first."""
+        assert self.num_media is not None
+        old = next(iter(self.key_values.values())).keys.shape[1] if self.key_values else 0
+        new = next(iter(key_values.values())).keys.shape[1]
+        total = self.num_media + num_media
+        if old == 0:
+            self.key_values = dict(key_values)
+        elif new:
+            is_real = torch.cat([_first(old, self.num_media), _first(new, num_media)], dim=1)
+            order = is_real.int().argsort(dim=1, descending=True, stable=True)[:, : int(total.max())]
+            self.key_values = {
+                index: KeyValues(
+                    _take(torch.cat([past.keys, key_values[index].keys], dim=1), order),
+                    _take(torch.cat([past.values, key_values[index].values], dim=1), order),
+                )
+                for index, past in self.key_values.items()
+            }
+        self.num_media = total
 
     def ranges_at(self, start: int, length: int) -> Int[Tensor, "batch length 2"]:
         """Give the ranges of the tokens from `start` on.
 
-        What was not announced by `add_text` sees what the last announced token saw: a generated `<image>` is a word,
+        What was not announced by `update` sees what the last announced token saw: a generated `<image>` is a word,
         not a medium.
 
         Args:
             start: Position of the first token.
             length: Number of tokens.
         """
-        assert self._ranges is not None, "add_text comes first"
+        assert self._ranges is not None, "update comes first"
         last = self._ranges.shape[1] - 1
         positions = torch.arange(start, start + length, device=self._ranges.device) - self._start
         return self._ranges[:, positions.clamp(0, last)]
 
     def _repeat_rows(self, times: int) -> None:
-        if times == 1 or self.num_media is None:
-            return
+        assert self.num_media is not None
         self.num_media = self.num_media.repeat_interleave(times)
         self.key_values = {
             index: KeyValues(kv.keys.repeat_interleave(times, dim=0), kv.values.repeat_interleave(times, dim=0))

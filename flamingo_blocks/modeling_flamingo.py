@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import partial
 from typing import Any
 
@@ -282,32 +283,39 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: If shapes are wrong, or a row's `<image>` tokens and media do not agree in number.
         """
-        return_dict = kwargs.pop("return_dict", True)
+        return_dict = kwargs.pop("return_dict", None)
         text = input_ids if input_ids is not None else inputs_embeds
         if text is None:
             raise ValueError("give input_ids or inputs_embeds")
         if labels is not None and labels.shape != text.shape[:2]:
             raise ValueError(f"labels must have the text's shape, {tuple(text.shape[:2])}, got {tuple(labels.shape)}")
+        has_media = pixel_values is not None or vision_features is not None
+        if not torch.compiler.is_compiling():
+            self._check_call(kwargs, past_key_values, media_cache)
         if use_cache is None:
-            use_cache = not self.training and bool(getattr(self.config.get_text_config(), "use_cache", True))
+            use_cache = not self.training and bool(getattr(self.config.text_config, "use_cache", True))
         media: Tensor | Mapping[int, KeyValues]
         num_media = None
-        if media_cache is not None and media_ranges is not None:
+        if media_cache is not None and media_ranges is not None and not has_media:  # the cache knows this text
             media = media_cache.key_values
         else:
             is_image = self._is_image(text)
-            if media_cache is not None and media_cache.rows and pixel_values is None and vision_features is None:
+            if media_cache is not None and media_cache.rows and not has_media:
                 is_image = torch.zeros_like(is_image)
             media, num_media = self._encode(len(text), pixel_values, num_frames, vision_features)
             if use_cache or media_cache is not None:
                 media_cache = MediaCache() if media_cache is None else media_cache
-                media_cache.add_media(self.injector.project_media(media), num_media)
-                seen = media_cache.add_text(is_image, num_media, attend=self.config.attend, document_ids=document_ids)
+                media_ranges = media_cache.update(
+                    self.injector.project_media(media),
+                    num_media,
+                    is_image,
+                    attend=self.config.attend,
+                    document_ids=document_ids,
+                    media_ranges=media_ranges,
+                )
                 media, num_media = media_cache.key_values, None
-            else:
-                seen = media_mask.media_ranges(is_image, document_ids=document_ids, attend=self.config.attend)
-            if media_ranges is None:
-                media_ranges = seen
+            elif media_ranges is None:
+                media_ranges = media_mask.media_ranges(is_image, document_ids=document_ids, attend=self.config.attend)
             else:
                 num_media = None
         if len(text) % len(media_ranges):
@@ -337,7 +345,22 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
             media_cache=media_cache,
             **{name: output.get(name) for name in _PASSED_ON},
         )
-        return result if return_dict else result.to_tuple()
+        return result if (self.config.return_dict if return_dict is None else return_dict) else result.to_tuple()
+
+    def _check_call(self, others: Mapping[str, Any], past_key_values: Any, media_cache: MediaCache | None) -> None:
+        """Refuse what would run, but not do what was meant."""
+        if not self.injector.is_injected:
+            raise RuntimeError(
+                "the blocks were taken out of the language model by eject(); build a new Flamingo around it"
+            )
+        for name in others:
+            if name not in self._lm_arguments and (nearest := get_close_matches(name, _OWN, n=1, cutoff=0.8)):
+                raise TypeError(f"forward has no argument {name!r}; did you mean {nearest[0]!r}?")
+        if past_key_values is not None and media_cache is None and int(past_key_values.get_seq_length()):
+            raise ValueError(
+                "past_key_values hold earlier text, but not its media; pass media_cache=outputs.media_cache as well, or "
+                "an empty MediaCache() if that text had none"
+            )
 
     def _run_language_model(self, input_ids: Tensor | None, text: Tensor, arguments: dict[str, Any]) -> Any:
         """Call the language model with what it knows of the arguments, in a scope of the new tokens."""
@@ -412,6 +435,9 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
             ValueError: If a row's `<image>` tokens and media do not agree in number, or only one of the two caches of
                 earlier text is there.
         """
+        for name in ("document_ids", "media_ranges"):
+            if kwargs.get(name) is not None:
+                raise ValueError(f"generate takes no {name}: what a prompt sees follows from its <image> tokens")
         input_ids = kwargs.get("input_ids") if inputs is None else inputs
         if input_ids is None:
             embeddings = kwargs.get("inputs_embeds")
@@ -424,9 +450,14 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 "past_key_values and media_cache must hold the same earlier text and its media, but one of them is "
                 "empty; pass both to every call, or neither"
             )
+        if not text.shape[1]:
+            raise ValueError(
+                f"there is no new text: input_ids have {input_ids.shape[1]} tokens, past_key_values {start}; pass the "
+                "whole text, or new text alone together with an attention_mask over all of it"
+            )
         media, num_media = self._encode(len(input_ids), pixel_values, num_frames, vision_features)
-        media_cache.add_media(self.injector.project_media(media), num_media)
-        media_cache.add_text(self._is_image(text), num_media, start=start, attend=self.config.attend)
+        key_values = self.injector.project_media(media)
+        media_cache.update(key_values, num_media, self._is_image(text), attend=self.config.attend, start=start)
         transformers_generate: Any = super().generate  # type: ignore[misc]
         return transformers_generate(inputs, *args, media_cache=media_cache, **kwargs)
 
@@ -597,6 +628,8 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
 _PASSED_ON = ("past_key_values", "cache_params", "state", "hidden_states", "attentions")
 # What a language model may not know, and can do without: it has no positions, or gives all logits.
 _OPTIONAL = ("position_ids", "logits_to_keep", "use_cache")
+# What only this model knows: never meant for the language model.
+_OWN = ("pixel_values", "num_frames", "media_cache", "media_ranges", "document_ids", "vision_features")
 # What the Trainer gives to the loss.
 _NUM_ITEMS = "num_items_in_batch"
 
@@ -698,6 +731,8 @@ def _count(parameters: Iterable[nn.Parameter]) -> int:
 
 
 def _check_num_frames(num_frames: Tensor, media: Tensor) -> None:
+    if num_frames.is_floating_point() or num_frames.dtype == torch.bool:
+        raise ValueError(f"num_frames must be integers, got {num_frames.dtype}")
     if num_frames.shape != media.shape[:2]:
         raise ValueError(f"num_frames must have shape {tuple(media.shape[:2])}, got {tuple(num_frames.shape)}")
     if torch.compiler.is_compiling():

@@ -452,8 +452,8 @@ MUTANTS = [
         "media are projected once",
         "keys and values are computed twice",
         MODELING,
-        "media_cache.add_text(self._is_image(text), num_media, start",
-        "self.injector.project_media(media)\n        media_cache.add_text(self._is_image(text), num_media, start",
+        "media_cache.update(key_values, num_media, self._is_image(text)",
+        "key_values = self.injector.project_media(media)\n        media_cache.update(key_values, num_media, self._is_image(text)",  # noqa: E501
         "tests/test_modeling_flamingo.py::test_media_are_encoded_and_projected_once",
     ),
     Mutant(
@@ -484,7 +484,7 @@ MUTANTS = [
         "`<image>` tokens and media must agree in number (generate)",
         "nobody counts",
         MEDIA_CACHE,
-        "MediaRuns.from_ranges(media_ranges(media_locations), num_media=new_media)",
+        "MediaRuns.from_ranges(media_mask.media_ranges(media_locations), num_media=num_media)",
         "pass",
         "tests/test_modeling_flamingo.py::test_counts_of_image_tokens_and_media_that_differ_name_the_row",
     ),
@@ -524,8 +524,8 @@ MUTANTS = [
         "a conversation with caches = the prompt in one piece",
         "earlier media are forgotten",
         MEDIA_CACHE,
-        "earlier = _first(int(before.max()), before)",
-        "earlier = _first(int(before.max()), torch.zeros_like(before))",
+        "_first(int(self.num_media.max()), self.num_media.to(media_locations.device))",
+        "_first(int(self.num_media.max()), torch.zeros_like(self.num_media))",
         "tests/test_modeling_flamingo.py::test_a_conversation_with_caches_equals_the_prompt_in_one_piece",
     ),
     Mutant(

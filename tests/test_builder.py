@@ -78,6 +78,13 @@ def test_the_tokenizer_is_copied_and_gets_what_it_lacks() -> None:
     assert processor.tokenizer.tokenize("w5<image> w6 <EOC>") == ["w5", "<image>", "w6", "<EOC>"]
 
 
+def test_the_tokenizer_of_an_earlier_processor_will_do() -> None:
+    _, earlier = build()
+    model, processor = build(tokenizer=earlier.tokenizer)
+    assert model.config.new_token_ids == [VOCAB, VOCAB + 1]
+    assert len(processor.tokenizer) == VOCAB + 2
+
+
 def test_an_existing_special_token_is_used_again() -> None:
     model, processor = build(tokenizer=make_tokenizer(specials=("<image>",)), end_of_chunk_token="<eos>")
     assert (model.config.image_token_id, model.config.end_of_chunk_token_id) == (3, 1)
@@ -170,7 +177,7 @@ def test_an_unknown_option_names_the_nearest_right_one(option: str, nearest: str
         ({"image_token": "w5"}, "'w5' is an ordinary word of the tokenizer, not a special token"),
         ({"end_of_chunk_token": "w7"}, "'w7' is an ordinary word of the tokenizer"),
         ({"image_token": "<EOC>"}, "image_token and end_of_chunk_token must differ, got '<EOC>' for both"),
-        ({"tokenizer": make_tokenizer(size=VOCAB + 1)}, "the tokenizer has 100 tokens, but the language model only 99"),
+        ({"tokenizer": make_tokenizer(size=VOCAB + 1)}, "tokens up to 99, but the language model only 99 of them"),
         ({"tokenizer": None}, "does not say where its tokenizer is; give tokenizer="),
         ({"resampler_heads": 0}, "heads must be at least 1|division"),
     ],

@@ -32,8 +32,7 @@ def test_text_in_pieces_sees_what_it_sees_in_one_piece(layout: Layout, data: Any
     for piece in layout.media_locations.split([cut, layout.text - cut], dim=1):
         if piece.shape[1]:
             before = torch.zeros(layout.batch, dtype=torch.long) if cache.num_media is None else cache.num_media
-            cache.add_media(numbered(piece.sum(1), before), piece.sum(1))
-            seen.append(cache.add_text(piece, piece.sum(1), attend=attend))
+            seen.append(cache.update(numbered(piece.sum(1), before), piece.sum(1), piece, attend=attend))
     assert torch.equal(torch.cat(seen, dim=1), whole)
     assert cache.num_media is not None
     assert torch.equal(cache.num_media, layout.num_media)
@@ -45,28 +44,38 @@ def test_text_in_pieces_sees_what_it_sees_in_one_piece(layout: Layout, data: Any
 @given(layouts(packed=False), st.integers(0, 20), st.integers(1, 5), st.integers(0, 7))
 def test_later_text_sees_what_the_last_token_saw(layout: Layout, start: int, length: int, offset: int) -> None:
     cache = MediaCache()
-    cache.add_media(numbered(layout.num_media, torch.zeros(layout.batch)), layout.num_media)
-    ranges = cache.add_text(layout.media_locations, layout.num_media, attend=layout.attend, start=offset)
+    media = numbered(layout.num_media, torch.zeros(layout.batch))
+    ranges = cache.update(media, layout.num_media, layout.media_locations, attend=layout.attend, start=offset)
     found = cache.ranges_at(offset + start, length)
     for i in range(length):
         assert torch.equal(found[:, i], ranges[:, min(start + i, layout.text - 1)])
 
 
+def locations(num_media: Tensor) -> Tensor:
+    return torch.arange(3) < num_media[:, None]
+
+
 def test_rows_that_became_more_share_what_they_had() -> None:
     cache = MediaCache()
-    cache.add_media(numbered(torch.tensor([1, 2]), torch.zeros(2)), torch.tensor([1, 2]))
-    cache.add_media(numbered(torch.tensor([0, 0, 1, 0]), torch.tensor([1, 1, 2, 2])), torch.tensor([0, 0, 1, 0]))
+    first, second = torch.tensor([1, 2]), torch.tensor([0, 0, 1, 0])
+    cache.update(numbered(first, torch.zeros(2)), first, locations(first))
+    cache.update(numbered(second, torch.tensor([1, 1, 2, 2])), second, locations(second))
     assert cache.rows == 4
     assert cache.num_media is not None
     assert cache.num_media.tolist() == [1, 1, 3, 2]
     assert cache.key_values[0].keys[2, :, 0, 0, 0].tolist() == [0, 1, 2]
 
 
-def test_rows_must_not_change_and_counts_must_agree() -> None:
+def test_what_is_refused_leaves_the_cache_as_it_was() -> None:
     cache = MediaCache()
-    cache.add_media(numbered(torch.tensor([1, 2]), torch.zeros(2)), torch.tensor([1, 2]))
-    with pytest.raises(ValueError, match="media_cache has 2 rows, got media for 3; rows must not change between calls"):
-        cache.add_media(numbered(torch.tensor([1, 1, 1]), torch.zeros(3)), torch.tensor([1, 1, 1]))
-    with pytest.raises(ValueError, match="row 1 has 1 <image> tokens but 2 media"):
-        cache.add_text(torch.tensor([[True], [True]]), torch.tensor([1, 2]), attend="last")
+    first = torch.tensor([1, 2])
+    cache.update(numbered(first, torch.zeros(2)), first, locations(first))
+    before = cache.key_values[0].keys.clone()
+    three = torch.tensor([1, 1, 1])
+    with pytest.raises(ValueError, match="media_cache has 2 rows, the new text 3; rows must not change between calls"):
+        cache.update(numbered(three, torch.zeros(3)), three, locations(three))
+    four = torch.tensor([1, 1, 1, 1])
+    with pytest.raises(ValueError, match="row 1 has 2 <image> tokens but 1 media"):
+        cache.update(numbered(four, torch.zeros(4)), four, locations(torch.tensor([1, 2, 1, 1])))
+    assert torch.equal(cache.key_values[0].keys, before)
     assert repr(cache) == "MediaCache(media per row: [1, 2], layers: [0, 2])"

@@ -173,7 +173,8 @@ def test_packed_documents_do_not_see_each_others_media(use_cache: bool) -> None:
     assert not torch.allclose(output, model(**prompt.inputs).logits)
 
 
-def test_embeddings_may_stand_for_ids() -> None:
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_embeddings_may_stand_for_ids(use_cache: bool) -> None:
     model, _ = make_flamingo(image_token_is_new=False)
     prompt = Prompt.make(model)
     embeddings = model.get_input_embeddings()(prompt.input_ids)
@@ -183,7 +184,7 @@ def test_embeddings_may_stand_for_ids() -> None:
         pixel_values=prompt.pixel_values,
         num_frames=prompt.num_frames,
         media_ranges=ranges,
-        use_cache=False,
+        use_cache=use_cache,
     )
     torch.testing.assert_close(output.logits, model(**prompt.inputs).logits)
 
@@ -638,6 +639,74 @@ def test_only_one_of_the_two_caches_is_an_error() -> None:
         model.generate(text, past_key_values=cache, **GREEDY)
     with pytest.raises(ValueError, match="past_key_values and media_cache must hold the same earlier text"):
         model.generate(text, media_cache=media_cache, **GREEDY)
+    with pytest.raises(ValueError, match="past_key_values hold earlier text, but not its media; pass media_cache="):
+        model(text[:, -1:], past_key_values=cache)
+
+
+def test_calls_that_would_run_but_not_do_what_was_meant_are_refused() -> None:
+    model, _ = make_flamingo()
+    prompt = Prompt.make(model)
+    with pytest.raises(TypeError, match="forward has no argument 'num_frame'; did you mean 'num_frames'"):
+        model(prompt.input_ids, prompt.pixel_values, num_frame=prompt.num_frames)
+    for name in ("document_ids", "media_ranges"):
+        with pytest.raises(ValueError, match=f"generate takes no {name}"):
+            model.generate(**prompt.inputs, **{name: prompt.input_ids})
+    cache, media_cache = DynamicCache(), MediaCache()
+    text = model.generate(**prompt.inputs, past_key_values=cache, media_cache=media_cache, **GREEDY)
+    with pytest.raises(ValueError, match="there is no new text: input_ids have 2 tokens, past_key_values"):
+        model.generate(text[:, -2:], past_key_values=cache, media_cache=media_cache, **GREEDY)
+    model.eject()
+    with pytest.raises(RuntimeError, match=r"the blocks were taken out of the language model by eject\(\)"):
+        model(**prompt.inputs)
+
+
+def test_a_refused_call_leaves_the_cache_as_it_was() -> None:
+    model, _ = make_flamingo()
+    prompt = Prompt.make(model)
+    cache, media_cache = DynamicCache(), MediaCache()
+    options: dict[str, Any] = {**GREEDY, "eos_token_id": None}
+    text = model.generate(**prompt.inputs, past_key_values=cache, media_cache=media_cache, **options)
+    text = torch.cat([text, torch.tensor([[prompt.image_token_id], [7]])], dim=1)
+    new: dict[str, Any] = {
+        "pixel_values": prompt.pixel_values[:, :1],
+        "past_key_values": cache,
+        "media_cache": media_cache,
+    }
+    with pytest.raises(ValueError, match="row 1 has 0 <image> tokens but 1 media"):
+        model.generate(text, **new, **options)
+    num_frames = torch.tensor([[1], [0]])
+    generated = model.generate(text, num_frames=num_frames, **new, **options)
+    pixel_values = torch.cat([prompt.pixel_values, prompt.pixel_values[:, :1]], dim=1)
+    num_frames = torch.tensor([[1, 2, 1], [1, 0, 0]])
+    expected = model.generate(text, pixel_values=pixel_values, num_frames=num_frames, **options)
+    assert torch.equal(generated, expected)
+
+
+def test_new_media_may_come_with_ranges_of_their_own() -> None:
+    """Also where the cache has earlier media: ranges count over all of them."""
+    model, _ = make_flamingo()
+    prompt = Prompt.make(model)
+    with torch.no_grad():
+        full = model(**prompt.inputs, use_cache=False).logits
+        first = model(prompt.input_ids[:, :4], prompt.pixel_values[:, :1], prompt.num_frames[:, :1])
+        second = model(
+            prompt.input_ids[:, 4:],
+            prompt.pixel_values[:, 1:],
+            torch.tensor([[2], [0]]),
+            past_key_values=first.past_key_values,
+            media_cache=first.media_cache,
+            media_ranges=media_ranges(prompt.is_image)[:, 4:],
+        )
+    torch.testing.assert_close(second.logits, full[:, 4:], atol=2e-5, rtol=1e-5)
+
+
+def test_return_dict_is_as_in_transformers() -> None:
+    model, _ = make_flamingo()
+    prompt = Prompt.make(model)
+    output = model(**prompt.inputs, return_dict=None)
+    as_tuple = model(**prompt.inputs, return_dict=False)
+    assert isinstance(as_tuple, tuple)
+    assert torch.equal(as_tuple[0], output.logits)
 
 
 def test_missing_text_and_other_misuse_is_refused() -> None:
