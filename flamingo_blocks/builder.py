@@ -23,7 +23,7 @@ from flamingo_blocks.blocks import Attend
 from flamingo_blocks.configuration_flamingo import FlamingoConfig, FlamingoVisionConfig
 from flamingo_blocks.injection import select_layers
 from flamingo_blocks.language import find_decoder_layers
-from flamingo_blocks.modeling_flamingo import FlamingoForConditionalGeneration
+from flamingo_blocks.modeling_flamingo import FlamingoForConditionalGeneration, check_is_causal_lm
 from flamingo_blocks.processing_flamingo import FlamingoImageProcessor, FlamingoProcessor, special_token_id
 from flamingo_blocks.vision import VisionEncoder, image_size_of
 
@@ -60,11 +60,11 @@ def build_flamingo(
     gating: Literal["tanh", "tanh_per_channel", "none"] = "tanh",
     freeze: Collection[Part] = ("language_model", "vision_encoder"),
     image_size: int | tuple[int, int] | None = None,
-    channels: int = 3,
+    channels: int | None = None,
     image_token: str = "<image>",
     end_of_chunk_token: str = "<EOC>",
-    dtype: torch.dtype | None = None,
-    trained_dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str | None = None,
+    trained_dtype: torch.dtype | str = torch.float32,
     **sizes: Unpack[FlamingoSizes],
 ) -> tuple[FlamingoForConditionalGeneration, FlamingoProcessor]:
     """Join a language model and a vision encoder to a Flamingo, which starts as the language model, exactly.
@@ -89,7 +89,7 @@ def build_flamingo(
         gating: How the blocks' output is gated. Without a gate, the model does not start as the language model.
         freeze: Parts that are not trained. `()` trains everything.
         image_size: Height and width of the images. None: what the backbone was made for. The paper: 320.
-        channels: Of the images.
+        channels: Of the images. None: 3, or those of the given encoder or configuration.
         image_token: Stands for a medium in the text. A special token of that name is used again, if there is one.
         end_of_chunk_token: Ends what belongs to a medium; generation stops there.
         dtype: Of language model and vision encoder. None: as they are, or as their checkpoints. The paper: bfloat16.
@@ -127,6 +127,7 @@ def build_flamingo(
     Source: Alayrac et al. 2022, section 2 and table 3.
     """
     _check_options(sizes, freeze)
+    dtype, trained_dtype = _as_dtype("dtype", dtype), _as_dtype("trained_dtype", trained_dtype) or torch.float32
     lm, found = _load_language_model(language_model, dtype)
     encoder, vision_config = _load_vision_encoder(vision_encoder, image_size, channels, dtype)
     tokenizer = _load_tokenizer(tokenizer, found)
@@ -218,8 +219,9 @@ def check_injection(model: FlamingoForConditionalGeneration) -> None:
 
     blocks = model.injector.blocks
     handles = [blocks[str(i)].register_forward_pre_hook(record(i)) for i in model.injector.layer_indices]
-    # Two rows of three tokens: a language model that puts time before batch cannot hide.
-    input_ids = torch.tensor([[0, 1, model.config.end_of_chunk_token_id]] * 2, device=lm.device)
+    # Two rows of three tokens: a language model that puts time before batch cannot hide. They differ in the last token,
+    # which the first two must not see.
+    input_ids = torch.tensor([[0, 1, model.config.end_of_chunk_token_id], [0, 1, 0]], device=lm.device)
     try:
         logits: Tensor = model(input_ids, use_cache=False).logits
     except Exception as error:
@@ -239,6 +241,12 @@ def check_injection(model: FlamingoForConditionalGeneration) -> None:
             f"{name} should give logits of shape {expected} with the new tokens, got {tuple(logits.shape)}; its "
             "head is not used in the usual way, and new tokens cannot be added to it"
         )
+    first, second = logits[:, :2].float()
+    if (first - second).abs().max() > 1e-3 * logits.float().std():
+        raise ValueError(
+            f"{name} lets a token see later ones, so it is no causal language model as it stands; for an encoder, set "
+            "is_decoder=True in its configuration"
+        )
 
 
 def _check_options(sizes: Mapping[str, Any], freeze: Collection[str]) -> None:
@@ -251,6 +259,14 @@ def _check_options(sizes: Mapping[str, Any], freeze: Collection[str]) -> None:
     for part in [freeze] if isinstance(freeze, str) else freeze:
         if part not in get_args(Part) or isinstance(freeze, str):
             raise ValueError(f'freeze must be a collection of "language_model" and "vision_encoder", got {freeze!r}')
+
+
+def _as_dtype(name: str, dtype: torch.dtype | str | None) -> torch.dtype | None:
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype, dtype)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"{name} must be a floating-point dtype of torch, e.g. torch.bfloat16, got {dtype!r}")
+    return dtype
 
 
 def _load_language_model(
@@ -270,22 +286,22 @@ def _load_language_model(
             "language_model must be an id, a path, a configuration or a causal language model of transformers, got "
             f"{type(language_model).__name__}"
         )
-    if not isinstance(lm, PreTrainedModel) or lm.get_output_embeddings() is None:
-        raise ValueError(
-            f"language_model must be a causal language model of transformers, with a head, got {type(lm).__name__}; "
-            "load it with AutoModelForCausalLM"
-        )
+    check_is_causal_lm(lm)
     return lm.eval(), lm.config.name_or_path or ""
 
 
 def _load_vision_encoder(
     vision_encoder: str | Path | FlamingoVisionConfig | nn.Module,
     image_size: int | tuple[int, int] | None,
-    channels: int,
+    channels: int | None,
     dtype: torch.dtype | None,
 ) -> tuple[VisionEncoder, FlamingoVisionConfig]:
     model_args: dict[str, Any] | None = None
     encoder: VisionEncoder
+    if isinstance(vision_encoder, VisionEncoder | FlamingoVisionConfig):
+        _check_agreement("channels", channels, vision_encoder.channels)
+        _check_agreement("image_size", image_size, vision_encoder.image_size)
+    channels = 3 if channels is None else channels
     if isinstance(vision_encoder, VisionEncoder):
         encoder = vision_encoder
     elif isinstance(vision_encoder, FlamingoVisionConfig):
@@ -296,6 +312,7 @@ def _load_vision_encoder(
             vision_encoder.architecture,
             image_size=image_size or image_size_of(vision_encoder),
             channels=vision_encoder.channels,
+            output_dtype=None if vision_encoder.output_dtype is None else getattr(torch, vision_encoder.output_dtype),
             model_args=model_args,
         )
     elif isinstance(vision_encoder, str | Path):
@@ -322,6 +339,16 @@ def _load_vision_encoder(
     return encoder.to(dtype=dtype), _describe(encoder, model_args)
 
 
+def _check_agreement(name: str, asked: Any, found: Any) -> None:
+    if asked is None or found is None:
+        return
+    if name == "image_size":
+        asked = [asked, asked] if isinstance(asked, int) else list(asked)
+        found = list(found)
+    if asked != found:
+        raise ValueError(f"{name}={asked} was asked for, but the given vision_encoder has {found}; give it only once")
+
+
 def _read_backbone(path: Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
     """Read what timm wrote for the hub: name, arguments, and how to load the weights."""
     weights, config = path / "model.safetensors", path / "config.json"
@@ -345,8 +372,11 @@ def _describe(encoder: VisionEncoder, model_args: dict[str, Any] | None) -> Flam
         model_args=model_args,
         image_size=list(encoder.image_size),
         channels=encoder.channels,
+        output_dtype=None if encoder.output_dtype is None else str(encoder.output_dtype).removeprefix("torch."),
     )
     if architecture is not None:
+        if classes := getattr(encoder.backbone, "num_classes", 0):  # it has kept its classifier
+            model_args = config.model_args = {**(model_args or {}), "num_classes": classes}
         try:
             with torch.device("meta"):
                 again = VisionEncoder.from_timm(

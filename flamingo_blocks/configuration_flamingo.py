@@ -1,14 +1,33 @@
 """FlamingoConfig: what a Flamingo is made of, as JSON."""
 
 import copy
+from collections.abc import Iterable
 from dataclasses import fields
 from difflib import get_close_matches
 from typing import Any, ClassVar, Literal, no_type_check
 
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
 # Types are checked by transformers' own strict dataclasses; jaxtyping's hook would break them.
+
+# Names that transformers puts into configurations without declaring them.
+_OF_TRANSFORMERS = {
+    *GenerationConfig().to_dict(),
+    *("attn_implementation", "auto_map", "experts_implementation", "fusion_config", "gradient_checkpointing"),
+    *("output_attentions", "quantization_config", "sep_token_id", "torch_dtype"),
+}
+
+
+def _check_names(config: PreTrainedConfig, names: Iterable[str]) -> None:
+    """Refuse what looks like a misspelt option; transformers would keep it as an attribute, and it would get lost."""
+    known = [field.name for field in fields(config)]
+    for name in names:
+        if name in _OF_TRANSFORMERS or name.startswith("_") or hasattr(type(config), name):
+            continue
+        nearest = [option for option in known if name in option] or get_close_matches(name, known, n=1, cutoff=0.6)
+        if nearest:
+            raise ValueError(f"{type(config).__name__} has no option {name!r}; did you mean {' or '.join(nearest)}?")
 
 
 @strict
@@ -22,6 +41,7 @@ class FlamingoVisionConfig(PreTrainedConfig):
         model_args: Further arguments of `timm.create_model`, e.g. `{"output_stride": 8}`.
         image_size: Height and width of the images. None: what the model was made for.
         channels: Of the images.
+        output_dtype: Of the tokens that the encoder gives. None: the backbone's.
     """
 
     model_type = "flamingo_vision"
@@ -31,8 +51,10 @@ class FlamingoVisionConfig(PreTrainedConfig):
     model_args: dict[str, Any] | None = None
     image_size: int | list[int] | tuple[int, ...] | None = None
     channels: int = 3
+    output_dtype: str | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        _check_names(self, kwargs)
         if isinstance(self.image_size, int):
             self.image_size = [self.image_size, self.image_size]
         if self.image_size is not None:
@@ -76,7 +98,8 @@ class FlamingoConfig(PreTrainedConfig):
         end_of_chunk_token_id: Id of `<EOC>`. None: the id after `image_token_id`.
         new_token_ids: Those ids that the language model has no embedding for and that get a trained one. None:
             `<image>` and `<EOC>`.
-        trained_dtype: Of resampler, blocks and new tokens. None: as the language model.
+        trained_dtype: Of resampler, blocks and new tokens, whatever the language model is loaded in. None: as the
+            language model.
         vision_dtype: Of the vision encoder. None: as the language model.
 
     Source: Alayrac et al. 2022; table 3 for the alternatives.
@@ -97,7 +120,7 @@ class FlamingoConfig(PreTrainedConfig):
     cross_attention_kv_heads: int | None = None
     cross_attention_hidden: int | None = None
     gating: Literal["tanh", "tanh_per_channel", "none"] = "tanh"
-    gate_init: float = 0.0
+    gate_init: float | int = 0.0
     attend: Literal["last", "all_previous", "next"] = "last"
     resampler: Literal["perceiver", "mlp", "transformer", "mean_pool"] = "perceiver"
     resampler_dim: int | None = None
@@ -115,11 +138,7 @@ class FlamingoConfig(PreTrainedConfig):
     vision_dtype: str | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        names = [field.name for field in fields(self)]
-        for name in kwargs:
-            # transformers keeps names that it does not know as attributes; a slip of the pen must not get lost there.
-            if nearest := get_close_matches(name, names, n=1, cutoff=0.8):
-                raise ValueError(f"FlamingoConfig has no option {name!r}; did you mean {nearest[0]!r}?")
+        _check_names(self, kwargs)
         if self.text_config is None:
             raise ValueError("text_config must be the configuration of a language model, e.g. LlamaConfig(), got None")
         if isinstance(self.text_config, dict):

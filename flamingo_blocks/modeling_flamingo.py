@@ -109,6 +109,7 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         vision_encoder: VisionEncoder | None = None,
     ) -> None:
         if language_model is not None:
+            config = copy.deepcopy(config)  # it may be used again, around another language model
             config.text_config = language_model.config
         super().__init__(config)
         # Under from_pretrained, modules are made without data, and all non-persistent buffers are lost.
@@ -121,11 +122,7 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self._lost_buffers = _non_persistent_buffers(vision_encoder.backbone) if is_meta and vision_encoder else {}
         auto_model: Any = AutoModelForCausalLM
         lm = auto_model.from_config(config.text_config) if language_model is None else language_model
-        if not isinstance(lm, PreTrainedModel) or lm.get_output_embeddings() is None:
-            raise ValueError(
-                f"language_model must be a causal language model of transformers, with a head, got {type(lm).__name__}"
-                "; load it with AutoModelForCausalLM"
-            )
+        check_is_causal_lm(lm)
         self.language_model: Any = lm
         self.vision_encoder = _make_vision_encoder(config) if vision_encoder is None else vision_encoder
         if vision_encoder is None:
@@ -291,9 +288,10 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
             raise ValueError(f"labels must have the text's shape, {tuple(text.shape[:2])}, got {tuple(labels.shape)}")
         has_media = pixel_values is not None or vision_features is not None
         if not torch.compiler.is_compiling():
-            self._check_call(kwargs, past_key_values, media_cache)
+            self._check_call(kwargs, past_key_values, media_cache, media_ranges)
         if use_cache is None:
-            use_cache = not self.training and bool(getattr(self.config.text_config, "use_cache", True))
+            config: Any = self.config if hasattr(self.config, "use_cache") else self.config.text_config
+            use_cache = not self.training and bool(getattr(config, "use_cache", True))
         media: Tensor | Mapping[int, KeyValues]
         num_media = None
         if media_cache is not None and media_ranges is not None and not has_media:  # the cache knows this text
@@ -347,7 +345,9 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         )
         return result if (self.config.return_dict if return_dict is None else return_dict) else result.to_tuple()
 
-    def _check_call(self, others: Mapping[str, Any], past_key_values: Any, media_cache: MediaCache | None) -> None:
+    def _check_call(
+        self, others: Mapping[str, Any], past_key_values: Any, media_cache: MediaCache | None, media_ranges: Any
+    ) -> None:
         """Refuse what would run, but not do what was meant."""
         if not self.injector.is_injected:
             raise RuntimeError(
@@ -356,10 +356,17 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         for name in others:
             if name not in self._lm_arguments and (nearest := get_close_matches(name, _OWN, n=1, cutoff=0.8)):
                 raise TypeError(f"forward has no argument {name!r}; did you mean {nearest[0]!r}?")
-        if past_key_values is not None and media_cache is None and int(past_key_values.get_seq_length()):
+        text_length = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        has_text = text_length > 0 or any(others.get(name) is not None for name in ("cache_params", "state"))
+        if media_cache is not None and media_cache.rows and not has_text and media_ranges is None:
             raise ValueError(
-                "past_key_values hold earlier text, but not its media; pass media_cache=outputs.media_cache as well, or "
-                "an empty MediaCache() if that text had none"
+                "media_cache holds the media of earlier text, but that text is in no cache; pass past_key_values as "
+                "well, or a new MediaCache()"
+            )
+        if media_cache is None and text_length:
+            raise ValueError(
+                "past_key_values hold earlier text, but not its media; pass media_cache=outputs.media_cache as well, "
+                "or an empty MediaCache() if that text had none"
             )
 
     def _run_language_model(self, input_ids: Tensor | None, text: Tensor, arguments: dict[str, Any]) -> Any:
@@ -391,7 +398,7 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
     ) -> tuple[Tensor, Tensor]:
         """Give latents, and the number of media of each row on the host; also where there are none."""
         frames = pixel_values if vision_features is None else vision_features
-        if frames is None:
+        if frames is None or frames.shape[1] == 0:
             weight = next(self.resampler.parameters())
             return weight.new_zeros(batch, 0, 1, self.resampler.dim), torch.zeros(batch, dtype=torch.long, device="cpu")
         if len(frames) != batch:
@@ -457,9 +464,14 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
             )
         media, num_media = self._encode(len(input_ids), pixel_values, num_frames, vision_features)
         key_values = self.injector.project_media(media)
+        before = dict(vars(media_cache))
         media_cache.update(key_values, num_media, self._is_image(text), attend=self.config.attend, start=start)
         transformers_generate: Any = super().generate  # type: ignore[misc]
-        return transformers_generate(inputs, *args, media_cache=media_cache, **kwargs)
+        try:
+            return transformers_generate(inputs, *args, media_cache=media_cache, **kwargs)
+        except BaseException:
+            vars(media_cache).update(before)  # a call that failed has not happened
+            raise
 
     def prepare_inputs_for_generation(  # type: ignore[override]
         self,
@@ -527,9 +539,9 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """Load what `save_pretrained` wrote; arguments as in transformers.
 
-        `dtype` is that of the language model; the trained parts and the vision encoder keep the one they were saved
-        in, if it was another. What was frozen is frozen again. A vision encoder that timm cannot make by name is
-        passed as `vision_encoder=`; its weights are then loaded into it.
+        `dtype` is that of the language model, and of a vision encoder that was saved in the same dtype as it. The
+        trained parts keep theirs; bring everything to one with `model.to(dtype)`. What was frozen is frozen again. A
+        vision encoder that timm cannot make by name is passed as `vision_encoder=`; its weights are loaded into it.
         """
         result = super().from_pretrained(*args, **kwargs)
         model = result[0] if isinstance(result, tuple) else result
@@ -543,10 +555,17 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return super().save_pretrained(*args, **kwargs)
 
     def _note_dtypes(self) -> None:
-        """Write down which parts have another dtype than the language model; transformers knows of one only."""
-        dtypes = (next(part.parameters()).dtype for part in (self.resampler, self.vision_encoder))
-        names = [None if dtype == self.language_model.dtype else str(dtype).removeprefix("torch.") for dtype in dtypes]
-        self.config.trained_dtype, self.config.vision_dtype = names
+        """Write down the dtypes of the parts; transformers knows of one for the whole model only."""
+        parts = [part for part in (self.resampler, self.injector, self.new_tokens) if part is not None]
+        trained = {parameter.dtype for part in parts for parameter in part.parameters()}
+        if len(trained) != 1:
+            raise ValueError(
+                "resampler, blocks and new tokens must be of one dtype to be saved, got "
+                f"{', '.join(sorted(map(str, trained)))}; bring them to one with .to(dtype)"
+            )
+        vision = next(self.vision_encoder.parameters()).dtype
+        self.config.trained_dtype = _name(trained.pop())
+        self.config.vision_dtype = None if vision == self.language_model.dtype else _name(vision)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -569,6 +588,8 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def _set_gradient_checkpointing(  # type: ignore[override]
         self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, **kwargs: Any
     ) -> None:
+        if getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
+            raise ValueError("checkpointing must not be reentrant here; leave use_reentrant out, or set it to False")
         # Where transformers recomputes a layer with its hooks, the blocks must find their media again.
         function = partial(gradient_checkpointing_func, context_fn=self.injector.checkpoint_context)
         super()._set_gradient_checkpointing(enable, function, **kwargs)
@@ -645,6 +666,7 @@ def _make_vision_encoder(config: FlamingoConfig) -> VisionEncoder:
         vision.architecture,
         image_size=image_size_of(vision),
         channels=vision.channels,
+        output_dtype=None if vision.output_dtype is None else getattr(torch, vision.output_dtype),
         model_args=vision.model_args,
     )
 
@@ -659,7 +681,7 @@ def _make_resampler(config: FlamingoConfig, vision_dim: int) -> Any:
                 **sizes,
                 depth=config.resampler_depth,
                 heads=config.resampler_heads,
-                head_dim=config.resampler_head_dim or max(1, dim // config.resampler_heads),
+                head_dim=config.resampler_head_dim or max(1, dim // max(1, config.resampler_heads)),
                 latents=config.num_latents,
                 feed_forward=feed_forward,
             )
@@ -678,18 +700,20 @@ def _make_resampler(config: FlamingoConfig, vision_dim: int) -> Any:
 
 
 def _make_block(config: FlamingoConfig, dim: int, media_dim: int) -> GatedCrossAttentionBlock:
-    heads = config.cross_attention_heads or getattr(config.get_text_config(), "num_attention_heads", None)
-    if not isinstance(heads, int) or heads < 1 or dim % heads:
-        heads = max(1, dim // 64)
+    heads = config.cross_attention_heads
+    if heads is None:
+        heads = getattr(config.get_text_config(), "num_attention_heads", None)
+        if not isinstance(heads, int) or heads < 1 or dim % heads:  # as in Mamba
+            heads = max(1, dim // 64)
     block = GatedCrossAttentionBlock(
         dim=dim,
         media_dim=media_dim,
         heads=heads,
-        head_dim=config.cross_attention_head_dim or dim // heads,
+        head_dim=config.cross_attention_head_dim,
         kv_heads=config.cross_attention_kv_heads,
         feed_forward=partial(FeedForward, hidden=config.cross_attention_hidden),
         gate_per_channel=config.gating == "tanh_per_channel",
-        gate_init=config.gate_init,
+        gate_init=float(config.gate_init),
     )
     if config.gating == "none":
         gates: Any = block
@@ -697,8 +721,25 @@ def _make_block(config: FlamingoConfig, dim: int, media_dim: int) -> GatedCrossA
     return block
 
 
+def check_is_causal_lm(lm: Any) -> None:
+    """Check that a language model is one that blocks can be put into.
+
+    Raises:
+        ValueError: If it is not a causal language model of transformers.
+    """
+    if not isinstance(lm, PreTrainedModel) or not lm.can_generate() or lm.get_output_embeddings() is None:
+        raise ValueError(
+            f"language_model must be a causal language model of transformers, with a head, got {type(lm).__name__}; "
+            "load it with AutoModelForCausalLM"
+        )
+
+
 def _dtype(name: str | None, lm: PreTrainedModel) -> torch.dtype:
     return lm.dtype if name is None else getattr(torch, name)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _non_persistent_buffers(module: nn.Module) -> dict[str, Tensor]:

@@ -122,8 +122,8 @@ class VisionEncoder(nn.Module):
         model_args = dict(model_args or {})
 
         def create(**arguments: Any) -> nn.Module:
-            arguments = model_args | arguments
-            return timm.create_model(name, pretrained=pretrained, num_classes=0, in_chans=channels, **arguments)
+            arguments = {"num_classes": 0, "in_chans": channels, **model_args, **arguments}
+            return timm.create_model(name, pretrained=pretrained, **arguments)
 
         backbone = create() if image_size is None else _create_for_size(create, image_size)
         return cls(backbone, image_size=image_size, channels=channels, output_dtype=output_dtype)

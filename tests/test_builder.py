@@ -8,7 +8,15 @@ import safetensors.torch
 import timm
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, LlamaModel
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForMaskedLM,
+    BertLMHeadModel,
+    GPT2Config,
+    LlamaConfig,
+    LlamaModel,
+)
 
 from flamingo_blocks import FlamingoForConditionalGeneration, FlamingoProcessor, VisionEncoder, build_flamingo
 from flamingo_blocks.configuration_flamingo import FlamingoVisionConfig
@@ -70,6 +78,21 @@ def test_a_model_is_taken_as_it_is_and_a_configuration_is_made_anew() -> None:
     assert not torch.equal(*weights)
 
 
+def test_heads_are_as_asked() -> None:
+    model, _ = build(cross_attention_heads=6, cross_attention_head_dim=8, cross_attention_kv_heads=2, gate_init=1)
+    block: Any = model.injector.blocks["0"]
+    assert (block.heads, block.head_dim, block.kv_heads) == (6, 8, 2)
+
+
+def test_a_backbone_with_its_classifier_and_another_output_dtype_is_loaded_again(tmp_path: Path) -> None:
+    encoder = VisionEncoder(timm.create_model("test_resnet"), image_size=64, output_dtype=torch.bfloat16)
+    model, _ = build(vision=encoder, gate_init=0.5)
+    model.save_pretrained(tmp_path)
+    loaded = FlamingoForConditionalGeneration.from_pretrained(tmp_path)
+    prompt = Prompt.make(model)
+    assert torch.equal(loaded(**prompt.inputs).logits, model(**prompt.inputs).logits)
+
+
 def test_the_tokenizer_is_copied_and_gets_what_it_lacks() -> None:
     tokenizer = make_tokenizer()
     _, processor = build(tokenizer=tokenizer)
@@ -107,7 +130,7 @@ def test_ids_within_a_padded_vocabulary_are_overlaid() -> None:
 
 
 def test_dtypes_are_as_asked() -> None:
-    model, _ = build(dtype=torch.bfloat16)
+    model, _ = build(dtype="bfloat16")
     assert model.language_model.dtype == torch.bfloat16
     assert next(model.vision_encoder.parameters()).dtype == torch.bfloat16
     parts: list[Any] = [model.resampler, model.injector, model.new_tokens]
@@ -179,11 +202,17 @@ def test_an_unknown_option_names_the_nearest_right_one(option: str, nearest: str
         ({"image_token": "<EOC>"}, "image_token and end_of_chunk_token must differ, got '<EOC>' for both"),
         ({"tokenizer": make_tokenizer(size=VOCAB + 1)}, "tokens up to 99, but the language model only 99 of them"),
         ({"tokenizer": None}, "does not say where its tokenizer is; give tokenizer="),
-        ({"resampler_heads": 0}, "heads must be at least 1|division"),
+        ({"resampler_heads": 0}, "heads must be at least 1, got 0"),
+        ({"cross_attention_heads": 5}, "heads must divide dim=32, got 5; or give head_dim"),
+        ({"cross_attention_heads": 0}, "heads must divide dim=32, got 0"),
+        ({"channels": 4}, "channels=4 was asked for, but the given vision_encoder has 3; give it only once"),
+        ({"image_size": 64}, r"image_size=\[64, 64\] was asked for, but the given vision_encoder has \[32, 32\]"),
+        ({"dtype": "bogus"}, "dtype must be a floating-point dtype of torch, e.g. torch.bfloat16, got 'bogus'"),
+        ({"trained_dtype": torch.int8}, "trained_dtype must be a floating-point dtype of torch"),
     ],
 )
 def test_impossible_options_are_refused(options: dict[str, Any], message: str) -> None:
-    with pytest.raises((ValueError, ZeroDivisionError), match=message):
+    with pytest.raises(ValueError, match=message):
         build(**options)
 
 
@@ -269,6 +298,21 @@ def test_a_language_model_that_repeats_a_layer_is_found_out() -> None:
         ValueError, match=r"should run its decoder layers \[0, 1, 2\] once each .* but ran \[2, 0, 1, 2\]"
     ):
         build(lm)
+
+
+def test_a_language_model_that_sees_later_tokens_is_found_out() -> None:
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+    }
+    config = BertConfig(vocab_size=VOCAB, is_decoder=False, **sizes)
+    with pytest.raises(ValueError, match="BertLMHeadModel lets a token see later ones"):
+        build(BertLMHeadModel(config))
+    build(BertLMHeadModel(BertConfig(vocab_size=VOCAB, is_decoder=True, **sizes)))
+    with pytest.raises(ValueError, match=r"must be a causal language model of transformers, .* got BertForMaskedLM"):
+        build(BertForMaskedLM(config))
 
 
 def test_a_time_major_language_model_is_found_out() -> None:

@@ -48,11 +48,27 @@ def test_the_language_models_own_configuration_is_left_alone() -> None:
 
 @pytest.mark.parametrize(
     ("option", "value", "nearest"),
-    [("gatting", "tanh", "gating"), ("num_latent", 3, "num_latents"), ("cross_attention_layer", [0], None)],
+    [
+        ("gatting", "tanh", "gating"),
+        ("num_latent", 3, "num_latents"),
+        ("cross_attention_layer", [0], "cross_attention_layers"),
+        ("heads", 4, "cross_attention_heads or cross_attention_kv_heads or resampler_heads"),
+        ("media_token_id", 4, "image_token_id"),
+    ],
 )
-def test_a_misspelt_option_names_the_nearest(option: str, value: Any, nearest: str | None) -> None:
-    with pytest.raises(ValueError, match=f"FlamingoConfig has no option '{option}'; did you mean '{nearest or ''}"):
+def test_a_misspelt_option_names_the_nearest(option: str, value: Any, nearest: str) -> None:
+    with pytest.raises(ValueError, match=f"FlamingoConfig has no option '{option}'; did you mean {nearest}"):
         make_config(**{option: value})
+
+
+@pytest.mark.parametrize(
+    ("option", "nearest"),
+    [("arch", "architecture"), ("model_name", "model_args"), ("img_size", "image_size"), ("in_chans", "channels")],
+)
+def test_a_misspelt_option_of_the_vision_encoder_names_the_nearest(option: str, nearest: str) -> None:
+    vision_config: Any = FlamingoVisionConfig
+    with pytest.raises(ValueError, match=f"FlamingoVisionConfig has no option '{option}'; did you mean .*{nearest}"):
+        vision_config(**{option: 3})
 
 
 @pytest.mark.parametrize("option", ["gating", "attend", "resampler"])
@@ -65,4 +81,5 @@ def test_an_impossible_choice_is_refused(option: str) -> None:
 
 def test_other_names_of_transformers_are_accepted() -> None:
     assert make_config(dtype="bfloat16").dtype == torch.bfloat16
+    make_config(pad_token_id=3, max_new_tokens=7, auto_map={}, quantization_config={})
     make_config(attn_implementation="eager", architectures=["FlamingoForConditionalGeneration"])

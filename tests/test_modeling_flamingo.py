@@ -490,11 +490,24 @@ def test_what_was_trained_is_trained_again_after_loading(tmp_path: Any) -> None:
 
 def test_dtype_of_loading_is_the_language_models_and_the_frozen_encoders(tmp_path: Any) -> None:
     model, _ = make_flamingo()
-    model.config.trained_dtype = "float32"
     model.save_pretrained(tmp_path)
     loaded = FlamingoForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert loaded.language_model.dtype == loaded.dtype == torch.bfloat16
     assert next(loaded.vision_encoder.parameters()).dtype == torch.bfloat16
+    assert next(loaded.injector.parameters()).dtype == torch.float32
+    model.injector.bfloat16()
+    with pytest.raises(ValueError, match=r"must be of one dtype to be saved, got torch\.bfloat16, torch\.float32"):
+        model.save_pretrained(tmp_path)
+
+
+def test_a_configuration_may_serve_several_language_models() -> None:
+    model, _ = make_flamingo()
+    config = copy.deepcopy(model.config)
+    before = config.to_dict()
+    for _ in range(2):
+        other = FlamingoForConditionalGeneration(config, language_model=make_lm("llama"))
+        assert other.config.text_config is other.language_model.config
+    assert config.to_dict() == before
 
 
 def test_a_backbone_that_timm_cannot_name_is_passed_again(tmp_path: Any) -> None:
@@ -641,6 +654,8 @@ def test_only_one_of_the_two_caches_is_an_error() -> None:
         model.generate(text, media_cache=media_cache, **GREEDY)
     with pytest.raises(ValueError, match="past_key_values hold earlier text, but not its media; pass media_cache="):
         model(text[:, -1:], past_key_values=cache)
+    with pytest.raises(ValueError, match="media_cache holds the media of earlier text, but that text is in no cache"):
+        model(**prompt.inputs, media_cache=media_cache)
 
 
 def test_calls_that_would_run_but_not_do_what_was_meant_are_refused() -> None:
@@ -648,9 +663,10 @@ def test_calls_that_would_run_but_not_do_what_was_meant_are_refused() -> None:
     prompt = Prompt.make(model)
     with pytest.raises(TypeError, match="forward has no argument 'num_frame'; did you mean 'num_frames'"):
         model(prompt.input_ids, prompt.pixel_values, num_frame=prompt.num_frames)
+    generate: Any = model.generate
     for name in ("document_ids", "media_ranges"):
         with pytest.raises(ValueError, match=f"generate takes no {name}"):
-            model.generate(**prompt.inputs, **{name: prompt.input_ids})
+            generate(**prompt.inputs, **{name: prompt.input_ids})
     cache, media_cache = DynamicCache(), MediaCache()
     text = model.generate(**prompt.inputs, past_key_values=cache, media_cache=media_cache, **GREEDY)
     with pytest.raises(ValueError, match="there is no new text: input_ids have 2 tokens, past_key_values"):
@@ -675,6 +691,8 @@ def test_a_refused_call_leaves_the_cache_as_it_was() -> None:
     with pytest.raises(ValueError, match="row 1 has 0 <image> tokens but 1 media"):
         model.generate(text, **new, **options)
     num_frames = torch.tensor([[1], [0]])
+    with pytest.raises(ValueError, match="temprature"):
+        model.generate(text, num_frames=num_frames, **new, **options, temprature=1.0)
     generated = model.generate(text, num_frames=num_frames, **new, **options)
     pixel_values = torch.cat([prompt.pixel_values, prompt.pixel_values[:, :1]], dim=1)
     num_frames = torch.tensor([[1, 2, 1], [1, 0, 0]])
@@ -711,6 +729,11 @@ def test_return_dict_is_as_in_transformers() -> None:
 
 def test_missing_text_and_other_misuse_is_refused() -> None:
     model, _ = make_flamingo()
+    enable: Any = model.gradient_checkpointing_enable
+    with pytest.raises(ValueError, match="checkpointing must not be reentrant here"):
+        enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    no_media = torch.zeros(2, 0, 1, 3, 32, 32)
+    assert model(torch.full((2, 3), 9), no_media).logits.shape == (2, 3, VOCAB + 2)
     with pytest.raises(ValueError, match="give input_ids or inputs_embeds"):
         model()
     with pytest.raises(ValueError, match="the language model's tables are never resized"):
@@ -732,5 +755,8 @@ def test_wrong_shapes_are_refused() -> None:
             call(prompt.input_ids, pixel_values=prompt.pixel_values[:1])
     with pytest.raises(ValueError, match=r"num_frames must have shape \(2, 2\), got \(2, 1\)"):
         model(prompt.input_ids, prompt.pixel_values, prompt.num_frames[:, :1])
+    for wrong in (prompt.num_frames.float(), prompt.num_frames.bool()):
+        with pytest.raises(ValueError, match="num_frames must be integers, got torch"):
+            model(prompt.input_ids, prompt.pixel_values, wrong)
     with pytest.raises(ValueError, match="images must have shape"):
         model(prompt.input_ids, prompt.pixel_values[..., :-1], prompt.num_frames)
