@@ -382,7 +382,7 @@ def _describe(encoder: VisionEncoder, model_args: dict[str, Any] | None) -> Flam
                 again = VisionEncoder.from_timm(
                     architecture, image_size=encoder.image_size, channels=encoder.channels, model_args=model_args
                 )
-        except Exception:
+        except Exception:  # whatever timm says: it cannot make this one by name
             again = None
         if again is None or _shapes(again.backbone) != _shapes(encoder.backbone):
             config.architecture = None

@@ -356,7 +356,7 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         for name in others:
             if name not in self._lm_arguments and (nearest := get_close_matches(name, _OWN, n=1, cutoff=0.8)):
                 raise TypeError(f"forward has no argument {name!r}; did you mean {nearest[0]!r}?")
-        text_length = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        text_length = _cached_length(past_key_values)
         has_text = text_length > 0 or any(others.get(name) is not None for name in ("cache_params", "state"))
         if media_cache is not None and media_cache.rows and not has_text and media_ranges is None:
             raise ValueError(
@@ -488,9 +488,8 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
             text = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
             length = text.shape[1]
             start = input_ids.shape[1] - length
-            if (cache := kwargs.get("past_key_values")) is not None:
-                # The ids may lack what is in the cache: in a chunk of the prompt, or where new text alone was given.
-                start = max(start, int(cache.get_seq_length()))
+            # The ids may lack what is in the cache: in a chunk of the prompt, or where new text alone was given.
+            start = max(start, _cached_length(kwargs.get("past_key_values")))
             inputs |= {"media_cache": media_cache, "media_ranges": media_cache.ranges_at(start, length)}
         return inputs
 
@@ -747,12 +746,17 @@ def _non_persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
     return {name: buffer for name, buffer in module.named_buffers() if name not in persistent}
 
 
+def _cached_length(past_key_values: Any) -> int:
+    """Count the tokens in a cache; a few old architectures have caches that do not tell, and do not need to."""
+    return int(past_key_values.get_seq_length()) if hasattr(past_key_values, "get_seq_length") else 0
+
+
 def _split(input_ids: Tensor, past_key_values: Any, attention_mask: Tensor | None) -> tuple[Tensor, Tensor, int]:
     """Split text into what is in the cache and what is new, and count the former.
 
     As in transformers, a mask that is longer than the text tells that the text is new alone.
     """
-    start = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+    start = _cached_length(past_key_values)
     is_whole = attention_mask is None or attention_mask.shape[1] == input_ids.shape[1]
     cut = start if is_whole else 0
     return input_ids[:, :cut], input_ids[:, cut:], start
