@@ -727,6 +727,7 @@ def test_return_dict_is_as_in_transformers() -> None:
     assert torch.equal(as_tuple[0], output.logits)
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
 def test_missing_text_and_other_misuse_is_refused() -> None:
     model, _ = make_flamingo()
     enable: Any = model.gradient_checkpointing_enable
