@@ -18,7 +18,7 @@ test: $(READY) ## Run the tests, then those that must run without run-time shape
 	@$(BIN)/python -m pytest
 	@$(BIN)/python -m pytest -o addopts="" -m unchecked tests
 
-test-long: $(READY) ## Run the tests with 2,000 examples a law instead of 50
+test-long: $(READY) ## Run the tests with 2,000 examples a law instead of 50, and each language model with each backbone
 	@HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest tests
 
 test-lowest: ## Run the tests with the oldest supported versions, in an environment of its own

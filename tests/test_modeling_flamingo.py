@@ -1,5 +1,7 @@
 import copy
 import io
+import itertools
+import os
 from typing import Any
 
 import pytest
@@ -14,8 +16,10 @@ from tests.tiny_flamingo import VISION, Prompt, make_flamingo, make_tokenizer
 from tests.tiny_language_models import CONFIGS, VOCAB, make_lm
 
 every_lm = pytest.mark.parametrize("name", CONFIGS)
-# Every language model, and every backbone, at least once.
+# Every language model and every backbone at least once; each with each in the long run.
 PAIRS = [*zip(CONFIGS, [*VISION, "vit"], strict=True), ("gpt2", "swin"), ("qwen3", "nfnet")]
+if os.environ.get("HYPOTHESIS_PROFILE") == "long":
+    PAIRS = list(itertools.product(CONFIGS, VISION))
 every_pair = pytest.mark.parametrize(("lm", "vision"), PAIRS)
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 5}
 
