@@ -171,3 +171,6 @@ class FlamingoConfig(PreTrainedConfig):
         text_config = copy.copy(text_config)
         text_config.vocab_size = max(text_config.vocab_size, *(i + 1 for i in self.new_token_ids))
         return text_config
+
+
+AutoConfig.register(FlamingoConfig.model_type, FlamingoConfig, exist_ok=True)

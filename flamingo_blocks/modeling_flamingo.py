@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils.generic import ModelOutput
 
@@ -789,3 +789,6 @@ def _check_num_frames(num_frames: Tensor, media: Tensor) -> None:
     is_real = on_host > 0
     if (is_real[:, 1:] & ~is_real[:, :-1]).any():
         raise ValueError(f"padding media, of 0 frames, must come last in their row, got {on_host.tolist()}")
+
+
+AutoModelForImageTextToText.register(FlamingoConfig, FlamingoForConditionalGeneration, exist_ok=True)

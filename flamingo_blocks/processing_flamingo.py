@@ -435,5 +435,7 @@ def _for_channels(values: Sequence[float], channels: int) -> list[float]:
     return list(values) if len(values) == channels else [sum(values) / len(values)] * channels
 
 
-AutoImageProcessor.register(FlamingoConfig, FlamingoImageProcessor, exist_ok=True)
+# One class for both of transformers' backends: which one resizes is timm's choice.
+_BACKENDS = {"torchvision": FlamingoImageProcessor, "pil": FlamingoImageProcessor}
+AutoImageProcessor.register(FlamingoConfig, image_processor_classes=_BACKENDS, exist_ok=True)
 AutoProcessor.register(FlamingoConfig, FlamingoProcessor, exist_ok=True)

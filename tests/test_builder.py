@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     BertConfig,
     BertForMaskedLM,
     BertLMHeadModel,
@@ -162,6 +163,8 @@ def test_model_processor_and_their_copies_on_disk_work_together(tmp_path: Path) 
     loaded = FlamingoForConditionalGeneration.from_pretrained(tmp_path)
     inputs = FlamingoProcessor.from_pretrained(tmp_path)(images, text, padding_side="left")
     assert torch.equal(loaded.generate(**inputs, max_new_tokens=4, do_sample=False), generated)
+    auto_model: Any = AutoModelForImageTextToText
+    assert type(auto_model.from_pretrained(tmp_path)) is FlamingoForConditionalGeneration
     decoded: Any = processor.batch_decode(generated)  # type: ignore[no-untyped-call]
     assert len(decoded) == 2
 
