@@ -449,7 +449,7 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if input_ids is None:
             embeddings = kwargs.get("inputs_embeds")
             # Without any prompt, transformers begins with one row of one token.
-            input_ids = torch.zeros(1, 1, dtype=torch.long) if embeddings is None else embeddings
+            input_ids = torch.zeros(1, 1, dtype=torch.long, device=self.device) if embeddings is None else embeddings
         media_cache = MediaCache() if media_cache is None else media_cache
         earlier, text, start = _split(input_ids, kwargs.get("past_key_values"), kwargs.get("attention_mask"))
         if (media_cache.rows and start == 0) or (not media_cache.rows and self._is_image(earlier).any()):
