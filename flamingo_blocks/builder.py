@@ -23,9 +23,14 @@ from flamingo_blocks.blocks import Attend
 from flamingo_blocks.configuration_flamingo import FlamingoConfig, FlamingoVisionConfig
 from flamingo_blocks.injection import select_layers
 from flamingo_blocks.language import find_decoder_layers
-from flamingo_blocks.modeling_flamingo import FlamingoForConditionalGeneration, check_is_causal_lm
+from flamingo_blocks.modeling_flamingo import (
+    FlamingoForConditionalGeneration,
+    check_is_causal_lm,
+    dtype_name,
+    make_vision_encoder,
+)
 from flamingo_blocks.processing_flamingo import FlamingoImageProcessor, FlamingoProcessor, special_token_id
-from flamingo_blocks.vision import VisionEncoder, image_size_of
+from flamingo_blocks.vision import VisionEncoder
 
 Part = Literal["language_model", "vision_encoder"]
 
@@ -146,7 +151,7 @@ def build_flamingo(
         image_token_id=special_token_id(tokenizer, image_token),
         end_of_chunk_token_id=special_token_id(tokenizer, end_of_chunk_token),
         new_token_ids=new_token_ids,
-        trained_dtype=str(trained_dtype).removeprefix("torch."),
+        trained_dtype=dtype_name(trained_dtype),
         **sizes,
     )
     model: Any = FlamingoForConditionalGeneration(config, language_model=lm, vision_encoder=encoder)
@@ -305,16 +310,11 @@ def _load_vision_encoder(
     if isinstance(vision_encoder, VisionEncoder):
         encoder = vision_encoder
     elif isinstance(vision_encoder, FlamingoVisionConfig):
-        if vision_encoder.architecture is None:
-            raise ValueError("vision_encoder must name an architecture of timm, or be a model, got no architecture")
         model_args = vision_encoder.model_args
-        encoder = VisionEncoder.from_timm(
-            vision_encoder.architecture,
-            image_size=image_size or image_size_of(vision_encoder),
-            channels=vision_encoder.channels,
-            output_dtype=None if vision_encoder.output_dtype is None else getattr(torch, vision_encoder.output_dtype),
-            model_args=model_args,
-        )
+        asked = copy.deepcopy(vision_encoder)
+        if image_size is not None:
+            asked.image_size = [image_size] * 2 if isinstance(image_size, int) else list(image_size)
+        encoder = make_vision_encoder(asked)
     elif isinstance(vision_encoder, str | Path):
         name, weights = str(vision_encoder), dict[str, Any]()
         if Path(name).is_dir():
@@ -372,16 +372,14 @@ def _describe(encoder: VisionEncoder, model_args: dict[str, Any] | None) -> Flam
         model_args=model_args,
         image_size=list(encoder.image_size),
         channels=encoder.channels,
-        output_dtype=None if encoder.output_dtype is None else str(encoder.output_dtype).removeprefix("torch."),
+        output_dtype=None if encoder.output_dtype is None else dtype_name(encoder.output_dtype),
     )
     if architecture is not None:
         if classes := getattr(encoder.backbone, "num_classes", 0):  # it has kept its classifier
-            model_args = config.model_args = {**(model_args or {}), "num_classes": classes}
+            config.model_args = {**(model_args or {}), "num_classes": classes}
         try:
             with torch.device("meta"):
-                again = VisionEncoder.from_timm(
-                    architecture, image_size=encoder.image_size, channels=encoder.channels, model_args=model_args
-                )
+                again = make_vision_encoder(config)
         except Exception:  # whatever timm says: it cannot make this one by name
             again = None
         if again is None or _shapes(again.backbone) != _shapes(encoder.backbone):

@@ -38,7 +38,7 @@ from flamingo_blocks.injection import LMLayerInjector
 from flamingo_blocks.language import find_decoder_layers, find_hidden_size
 from flamingo_blocks.media_cache import MediaCache
 from flamingo_blocks.new_tokens import NewTokens
-from flamingo_blocks.vision import VisionEncoder, image_size_of
+from flamingo_blocks.vision import VisionEncoder
 
 
 @dataclass
@@ -124,7 +124,7 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         lm = auto_model.from_config(config.text_config) if language_model is None else language_model
         check_is_causal_lm(lm)
         self.language_model: Any = lm
-        self.vision_encoder = _make_vision_encoder(config) if vision_encoder is None else vision_encoder
+        self.vision_encoder = make_vision_encoder(config.vision_config) if vision_encoder is None else vision_encoder
         if vision_encoder is None:
             self.vision_encoder.to(_dtype(config.vision_dtype, lm))
         self.resampler = _make_resampler(config, self.vision_encoder.vision_dim)
@@ -563,8 +563,8 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 f"{', '.join(sorted(map(str, trained)))}; bring them to one with .to(dtype)"
             )
         vision = next(self.vision_encoder.parameters()).dtype
-        self.config.trained_dtype = _name(trained.pop())
-        self.config.vision_dtype = None if vision == self.language_model.dtype else _name(vision)
+        self.config.trained_dtype = dtype_name(trained.pop())
+        self.config.vision_dtype = None if vision == self.language_model.dtype else dtype_name(vision)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -579,7 +579,7 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """Give the backbone its non-persistent buffers, e.g. tables of positions, which no checkpoint holds."""
         buffers = _non_persistent_buffers(self.vision_encoder.backbone)
         if buffers and not self._lost_buffers:
-            self._lost_buffers = _non_persistent_buffers(_make_vision_encoder(self.config).backbone)
+            self._lost_buffers = _non_persistent_buffers(make_vision_encoder(self.config.vision_config).backbone)
         for name, buffer in buffers.items():
             buffer.copy_(self._lost_buffers[name])
         self._lost_buffers = {}
@@ -617,7 +617,7 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         for name, module in [*parts.items(), ("total", self)]:
             trained = _count(p for p in module.parameters() if p.requires_grad)
             size = sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
-            dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in module.parameters()})
+            dtypes = sorted({dtype_name(p.dtype) for p in module.parameters()})
             class_name = "" if module is self else type(module).__name__
             if name == "blocks":
                 class_name = f"{len(module)} {type(next(iter(module.values()))).__name__}"
@@ -654,8 +654,12 @@ _OWN = ("pixel_values", "num_frames", "media_cache", "media_ranges", "document_i
 _NUM_ITEMS = "num_items_in_batch"
 
 
-def _make_vision_encoder(config: FlamingoConfig) -> VisionEncoder:
-    vision: Any = config.vision_config
+def make_vision_encoder(vision: Any) -> VisionEncoder:
+    """Make the vision encoder that a `FlamingoVisionConfig` describes, with random weights.
+
+    Raises:
+        ValueError: If it names no architecture.
+    """
     if vision.architecture is None:
         raise ValueError(
             "this Flamingo was built around a vision encoder that timm cannot make by name; make one yourself and pass "
@@ -663,7 +667,7 @@ def _make_vision_encoder(config: FlamingoConfig) -> VisionEncoder:
         )
     return VisionEncoder.from_timm(
         vision.architecture,
-        image_size=image_size_of(vision),
+        image_size=None if vision.image_size is None else (vision.image_size[0], vision.image_size[1]),
         channels=vision.channels,
         output_dtype=None if vision.output_dtype is None else getattr(torch, vision.output_dtype),
         model_args=vision.model_args,
@@ -737,7 +741,8 @@ def _dtype(name: str | None, lm: PreTrainedModel) -> torch.dtype:
     return lm.dtype if name is None else getattr(torch, name)
 
 
-def _name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
+    """Name a dtype as a configuration does, e.g. `bfloat16`."""
     return str(dtype).removeprefix("torch.")
 
 

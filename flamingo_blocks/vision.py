@@ -172,11 +172,6 @@ class VisionEncoder(nn.Module):
         return self.layout.to_tokens(features).to(self.output_dtype or dtype)
 
 
-def image_size_of(config: Any) -> tuple[int, int] | None:
-    """Read height and width from a `FlamingoVisionConfig`."""
-    return None if config.image_size is None else (config.image_size[0], config.image_size[1])
-
-
 def find_layout(backbone: nn.Module, input_size: tuple[int, int, int]) -> TokenLayout:
     """Find out how a timm model's `forward_features` lays out its result.
 
