@@ -11,6 +11,10 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
 # Types are checked by transformers' own strict dataclasses; jaxtyping's hook would break them.
 
+# What language models call their cache: `cache` from transformers 5.24 on; before, `past_key_values`, or `cache_params` in
+# Mamba and its like; RWKV has a `state` in any version.
+CACHE_NAMES = ("cache", "past_key_values", "cache_params", "state")
+
 # Names that transformers puts into configurations without declaring them.
 _OF_TRANSFORMERS = {
     *GenerationConfig().to_dict(),
@@ -109,7 +113,7 @@ class FlamingoConfig(PreTrainedConfig):
     sub_configs: ClassVar = {"text_config": AutoConfig, "vision_config": FlamingoVisionConfig}
     # Older versions of transformers would make one without a language model to find the defaults.
     has_no_defaults_at_init: ClassVar = True
-    keys_to_ignore_at_inference: ClassVar = ["past_key_values", "cache_params", "state", "media_cache"]
+    keys_to_ignore_at_inference: ClassVar = [*CACHE_NAMES, "media_cache"]
 
     text_config: PreTrainedConfig | dict[str, Any] | None = None
     vision_config: PreTrainedConfig | dict[str, Any] | None = None

@@ -7,7 +7,7 @@ import copy
 import inspect
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from functools import partial
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
-from transformers.utils.generic import ModelOutput
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from flamingo_blocks.blocks import (
     FeedForward,
@@ -33,7 +33,7 @@ from flamingo_blocks.blocks import (
     TransformerResampler,
     media_mask,
 )
-from flamingo_blocks.configuration_flamingo import FlamingoConfig
+from flamingo_blocks.configuration_flamingo import CACHE_NAMES, FlamingoConfig
 from flamingo_blocks.injection import LMLayerInjector
 from flamingo_blocks.language import find_decoder_layers, find_hidden_size
 from flamingo_blocks.media_cache import MediaCache
@@ -42,28 +42,28 @@ from flamingo_blocks.vision import VisionEncoder
 
 
 @dataclass
-class FlamingoCausalLMOutput(ModelOutput):
+class FlamingoCausalLMOutput(CausalLMOutputWithPast):
     """What a Flamingo's forward returns.
 
     Attributes:
         loss: Mean negative log-likelihood of the labels, in nats; with labels only.
         logits: Before the softmax. Those of the language model's own vocabulary come first.
-        past_key_values: The language model's cache, under the name that it uses for it.
-        cache_params: The same, for Mamba and its like.
-        state: The same, for RWKV.
-        media_cache: What is kept of the media, for the next forward.
+        cache: The language model's cache. Its name is `past_key_values` in transformers before 5.24, or `cache_params`
+            for Mamba and its like.
         hidden_states: The language model's, if asked for.
         attentions: The language model's, if asked for.
+        state: The language model's cache, for RWKV.
+        media_cache: What is kept of the media, for the next forward.
     """
 
     loss: Float[Tensor, ""] | None = None
     logits: Float[Tensor, "batch text vocab"] | None = None
-    past_key_values: Any = None
-    cache_params: Any = None
-    state: Any = None
-    media_cache: MediaCache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor | None, ...] | None = None
+    attentions: tuple[Any, ...] | None = None
+    state: Any = None
+    if not hasattr(CausalLMOutputWithPast, "cache"):  # transformers before 5.24
+        cache_params: Any = None
+    media_cache: MediaCache | None = None
 
 
 class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
@@ -153,6 +153,7 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if self.new_tokens is not None:
             self.new_tokens.inject(lm)
         self._lm_arguments = _argument_names(lm.forward)
+        self._cache_name = next((name for name in CACHE_NAMES if name in self._lm_arguments), CACHE_NAMES[0])
         self.generation_config = copy.deepcopy(lm.generation_config)
         self.generation_config.eos_token_id = _with_id(lm.generation_config.eos_token_id, config.end_of_chunk_token_id)
         self.generation_config.suppress_tokens = _with_id(lm.generation_config.suppress_tokens, config.image_token_id)
@@ -241,7 +242,7 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         num_frames: Int[Tensor, "batch media"] | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         media_cache: MediaCache | None = None,
         inputs_embeds: Float[Tensor, "batch text dim"] | None = None,
         labels: Int[Tensor, "batch text"] | None = None,
@@ -250,6 +251,7 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         vision_features: Float[Tensor, "batch media frames patches vision_dim"] | None = None,
         document_ids: Int[Tensor, "batch text"] | None = None,
         media_ranges: Int[Tensor, "rows text 2"] | None = None,
+        past_key_values: Any = None,
         **kwargs: Any,
     ) -> Any:
         """Predict the next token at each place of the text.
@@ -260,7 +262,7 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
             num_frames: See `encode_media`.
             attention_mask: As the language model takes it.
             position_ids: As the language model takes it.
-            past_key_values: The language model's cache.
+            cache: The language model's cache.
             media_cache: The media of the text in that cache. New media may come along in `pixel_values`; without, an
                 `<image>` token is a word like any other, as when it was generated.
             inputs_embeds: Instead of `input_ids`; which media are seen must then be told by `media_ranges`.
@@ -272,15 +274,19 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
             document_ids: For packed documents, see `flamingo_blocks.media_ranges`.
             media_ranges: What each token sees, if that is not what `config.attend` says, e.g. by document. Rows of
                 text that share media, as beams do, may share a row here.
+            past_key_values: The same as `cache`, whose name it is in transformers before 5.24.
             **kwargs: Passed on to the language model.
 
         Returns:
             A `FlamingoCausalLMOutput`, a tuple with `return_dict=False`.
 
         Raises:
-            ValueError: If shapes are wrong, or a row's `<image>` tokens and media do not agree in number.
+            ValueError: If shapes are wrong, a row's `<image>` tokens and media do not agree in number, or there is more
+                than one cache.
         """
         return_dict = kwargs.pop("return_dict", None)
+        kwargs |= {"cache": cache, "past_key_values": past_key_values}
+        cache = _pop_cache(kwargs)
         text = input_ids if input_ids is not None else inputs_embeds
         if text is None:
             raise ValueError("give input_ids or inputs_embeds")
@@ -288,7 +294,7 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
             raise ValueError(f"labels must have the text's shape, {tuple(text.shape[:2])}, got {tuple(labels.shape)}")
         has_media = pixel_values is not None or vision_features is not None
         if not torch.compiler.is_compiling():
-            self._check_call(kwargs, past_key_values, media_cache, media_ranges)
+            self._check_call(kwargs, cache, media_cache, media_ranges)
         if use_cache is None:
             config: Any = self.config if hasattr(self.config, "use_cache") else self.config.text_config
             use_cache = not self.training and bool(getattr(config, "use_cache", True))
@@ -323,7 +329,7 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         arguments = {
             "attention_mask": attention_mask,
             "position_ids": position_ids,
-            "past_key_values": past_key_values,
+            self._cache_name: cache,
             "inputs_embeds": inputs_embeds,
             "use_cache": use_cache,
             "logits_to_keep": logits_to_keep,
@@ -346,7 +352,7 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return result if (self.config.return_dict if return_dict is None else return_dict) else result.to_tuple()
 
     def _check_call(
-        self, others: Mapping[str, Any], past_key_values: Any, media_cache: MediaCache | None, media_ranges: Any
+        self, others: Mapping[str, Any], cache: Any, media_cache: MediaCache | None, media_ranges: Any
     ) -> None:
         """Refuse what would run, but not do what was meant."""
         if not self.injector.is_injected:
@@ -356,17 +362,16 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         for name in others:
             if name not in self._lm_arguments and (nearest := get_close_matches(name, _OWN, n=1, cutoff=0.8)):
                 raise TypeError(f"forward has no argument {name!r}; did you mean {nearest[0]!r}?")
-        text_length = _cached_length(past_key_values)
-        has_text = text_length > 0 or any(others.get(name) is not None for name in ("cache_params", "state"))
-        if media_cache is not None and media_cache.rows and not has_text and media_ranges is None:
+        text_length = _cached_length(cache)
+        if media_cache is not None and media_cache.rows and text_length == 0 and media_ranges is None:
             raise ValueError(
-                "media_cache holds the media of earlier text, but that text is in no cache; pass past_key_values as "
-                "well, or a new MediaCache()"
+                "media_cache holds the media of earlier text, but that text is in no cache; pass "
+                f"{self._cache_name} as well, or a new MediaCache()"
             )
         if media_cache is None and text_length:
             raise ValueError(
-                "past_key_values hold earlier text, but not its media; pass media_cache=outputs.media_cache as well, "
-                "or an empty MediaCache() if that text had none"
+                f"{self._cache_name} holds earlier text, but not its media; pass media_cache=outputs.media_cache as "
+                "well, or an empty MediaCache() if that text had none"
             )
 
     def _run_language_model(self, input_ids: Tensor | None, text: Tensor, arguments: dict[str, Any]) -> Any:
@@ -426,8 +431,8 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Media are encoded once, before the first token, and their keys and values are kept. Text ends at the language
         model's own end of text or at the end of a chunk; `<image>` is not generated. `generation_config` holds both.
 
-        To go on with a conversation, pass `past_key_values` and `media_cache` to the first call, and to the next ones
-        together with the whole text and the new media only.
+        To go on with a conversation, pass `cache` and `media_cache` to the first call, and to the next ones together
+        with the whole text and the new media only.
 
         Args:
             inputs: The prompts, `input_ids`.
@@ -451,29 +456,31 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
             # Without any prompt, transformers begins with one row of one token.
             input_ids = torch.zeros(1, 1, dtype=torch.long, device=self.device) if embeddings is None else embeddings
         media_cache = MediaCache() if media_cache is None else media_cache
-        earlier, text, start = _split(input_ids, kwargs.get("past_key_values"), kwargs.get("attention_mask"))
+        if (cache := _pop_cache(kwargs)) is not None:
+            kwargs[self._cache_name] = cache
+        earlier, text, start = _split(input_ids, cache, kwargs.get("attention_mask"))
         if (media_cache.rows and start == 0) or (not media_cache.rows and self._is_image(earlier).any()):
             raise ValueError(
-                "past_key_values and media_cache must hold the same earlier text and its media, but one of them is "
-                "empty; pass both to every call, or neither"
+                f"{self._cache_name} and media_cache must hold the same earlier text and its media, but one of them is "
+                "empty; pass both to every call, or neither, as for recurrent models"
             )
         if not text.shape[1]:
             raise ValueError(
-                f"there is no new text: input_ids have {input_ids.shape[1]} tokens, past_key_values {start}; pass the "
-                "whole text, or new text alone together with an attention_mask over all of it"
+                f"there is no new text: input_ids have {input_ids.shape[1]} tokens, {self._cache_name} {start}; pass "
+                "the whole text, or new text alone together with an attention_mask over all of it"
             )
         media, num_media = self._encode(len(input_ids), pixel_values, num_frames, vision_features)
         key_values = self.injector.project_media(media)
         before = dict(vars(media_cache))
         media_cache.update(key_values, num_media, self._is_image(text), attend=self.config.attend, start=start)
-        transformers_generate: Any = super().generate  # type: ignore[misc]
+        transformers_generate: Any = super().generate
         try:
             return transformers_generate(inputs, *args, media_cache=media_cache, **kwargs)
         except BaseException:
             vars(media_cache).update(before)  # a call that failed has not happened
             raise
 
-    def prepare_inputs_for_generation(  # type: ignore[override]
+    def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,
         media_cache: MediaCache | None = None,
@@ -489,7 +496,7 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
             length = text.shape[1]
             start = input_ids.shape[1] - length
             # The ids may lack what is in the cache: in a chunk of the prompt, or where new text alone was given.
-            start = max(start, _cached_length(kwargs.get("past_key_values")))
+            start = max(start, _cached_length(kwargs.get(self._cache_name)) or 0)
             inputs |= {"media_cache": media_cache, "media_ranges": media_cache.ranges_at(start, length)}
         return inputs
 
@@ -645,7 +652,7 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
 
 # What of the language model's output is passed on. Everything else would not survive the copies that FSDP and DDP make.
-_PASSED_ON = ("past_key_values", "cache_params", "state", "hidden_states", "attentions")
+_PASSED_ON = {field.name for field in fields(FlamingoCausalLMOutput)} - {"loss", "logits", "media_cache"}
 # What a language model may not know, and can do without: it has no positions, or gives all logits.
 _OPTIONAL = ("position_ids", "logits_to_keep", "use_cache")
 # What only this model knows: never meant for the language model.
@@ -751,17 +758,30 @@ def _non_persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
     return {name: buffer for name, buffer in module.named_buffers() if name not in persistent}
 
 
-def _cached_length(past_key_values: Any) -> int:
-    """Count the tokens in a cache; a few old architectures have caches that do not tell, and do not need to."""
-    return int(past_key_values.get_seq_length()) if hasattr(past_key_values, "get_seq_length") else 0
+def _pop_cache(arguments: dict[str, Any]) -> Any:
+    """Take the language model's cache out of arguments, by whichever name it is there."""
+    caches = {name: cache for name in CACHE_NAMES if (cache := arguments.pop(name, None)) is not None}
+    if len(caches) > 1:
+        raise ValueError(f"{' and '.join(caches)} are names of the same cache, the language model's; pass one of them")
+    return next(iter(caches.values()), None)
 
 
-def _split(input_ids: Tensor, past_key_values: Any, attention_mask: Tensor | None) -> tuple[Tensor, Tensor, int]:
+def _cached_length(cache: Any) -> int | None:
+    """Count the tokens in a cache. None: it does not tell, as those of recurrent models."""
+    if cache is None:
+        return 0
+    try:
+        return int(cache.get_seq_length())
+    except (AttributeError, ValueError):
+        return None
+
+
+def _split(input_ids: Tensor, cache: Any, attention_mask: Tensor | None) -> tuple[Tensor, Tensor, int]:
     """Split text into what is in the cache and what is new, and count the former.
 
     As in transformers, a mask that is longer than the text tells that the text is new alone.
     """
-    start = _cached_length(past_key_values)
+    start = _cached_length(cache) or 0
     is_whole = attention_mask is None or attention_mask.shape[1] == input_ids.shape[1]
     cut = start if is_whole else 0
     return input_ids[:, :cut], input_ids[:, cut:], start

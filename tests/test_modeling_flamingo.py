@@ -1,6 +1,8 @@
 import copy
+import dataclasses
 import io
 import itertools
+import logging
 import os
 from typing import Any
 
@@ -8,10 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers import DynamicCache
 
 from flamingo_blocks import FlamingoForConditionalGeneration, MediaCache, VisionEncoder, media_ranges
 from flamingo_blocks.blocks import MeanPoolResampler, MLPResampler, PerceiverResampler, TransformerResampler
+from flamingo_blocks.configuration_flamingo import CACHE_NAMES
 from tests.tiny_flamingo import VISION, Prompt, make_flamingo, make_tokenizer
 from tests.tiny_language_models import CONFIGS, VOCAB, make_lm
 
@@ -26,6 +30,11 @@ GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 5}
 
 def trained(model: nn.Module) -> set[str]:
     return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def cache_of(output: Any) -> Any:
+    """Get the language model's cache, whose name depends on the version of transformers."""
+    return next(output[name] for name in CACHE_NAMES if name in output)
 
 
 # ---------------------------------------------------------------- gate zero
@@ -362,19 +371,21 @@ def test_a_static_cache_gives_the_same() -> None:
 
 
 @pytest.mark.parametrize("attend", ["last", "all_previous"])
-def test_a_conversation_with_caches_equals_the_prompt_in_one_piece(attend: Any) -> None:
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_a_conversation_with_caches_equals_the_prompt_in_one_piece(attend: Any, name: str) -> None:
     """Three turns; the rows have different numbers of images, the second turn has none, the third a new one each."""
     model, _ = make_flamingo(attend=attend)
     prompt, later = Prompt.make(model), Prompt.make(model, seed=1)
     image: Any = model.config.image_token_id
-    cache, media_cache = DynamicCache(), MediaCache()
+    media_cache = MediaCache()
+    caches: dict[str, Any] = {name: DynamicCache(), "media_cache": media_cache}
     options: dict[str, Any] = {**GREEDY, "eos_token_id": None}
-    text = model.generate(**prompt.inputs, past_key_values=cache, media_cache=media_cache, **options)
+    text = model.generate(**prompt.inputs, **caches, **options)
     text = torch.cat([text, torch.full((2, 2), 50)], dim=1)
-    text = model.generate(text, past_key_values=cache, media_cache=media_cache, **options)
+    text = model.generate(text, **caches, **options)
     text = torch.cat([text, torch.tensor([[51, image, 52], [image, 53, 54]])], dim=1)
     new_media = later.pixel_values[:, :1, :1]
-    generated = model.generate(text, pixel_values=new_media, past_key_values=cache, media_cache=media_cache, **options)
+    generated = model.generate(text, pixel_values=new_media, **caches, **options)
     # In one piece: row 0 has three images, row 1 two and a padding medium.
     frames = F.pad(new_media[:, 0], (0, 0, 0, 0, 0, 0, 0, 1))
     pixel_values = torch.stack(
@@ -398,9 +409,9 @@ def test_steps_by_hand_equal_the_full_forward() -> None:
         first = model(prompt.input_ids[:, :4], prompt.pixel_values[:, :1], prompt.num_frames[:, :1])
         # The second image of row 0 comes with its token; row 1 has none.
         num_frames = torch.tensor([[2], [0]])
-        caches = {"past_key_values": first.past_key_values, "media_cache": first.media_cache}
+        caches = {"cache": cache_of(first), "media_cache": first.media_cache}
         second = model(prompt.input_ids[:, 4:6], prompt.pixel_values[:, 1:], num_frames, **caches)
-        caches = {"past_key_values": second.past_key_values, "media_cache": second.media_cache}
+        caches = {"cache": cache_of(second), "media_cache": second.media_cache}
         third = model(prompt.input_ids[:, 6:], **caches)
     found = torch.cat([first.logits, second.logits, third.logits], dim=1)
     torch.testing.assert_close(found, full, atol=2e-5, rtol=1e-5)
@@ -433,7 +444,7 @@ def test_new_text_alone_may_follow_the_caches() -> None:
     generated = {}
     for form in ("whole", "new"):
         cache, media_cache = DynamicCache(), MediaCache()
-        text = model.generate(**prompt.inputs, past_key_values=cache, media_cache=media_cache, **options)
+        text = model.generate(**prompt.inputs, cache=cache, media_cache=media_cache, **options)
         whole = torch.cat([text, new], dim=1)
         # The last generated token is not in the cache yet.
         input_ids = whole if form == "whole" else whole[:, cache.get_seq_length() :]
@@ -441,7 +452,7 @@ def test_new_text_alone_may_follow_the_caches() -> None:
             input_ids,
             attention_mask=torch.ones_like(whole),
             pixel_values=later.pixel_values[:, :1, :1],
-            past_key_values=cache,
+            cache=cache,
             media_cache=media_cache,
             **options,
         )
@@ -455,6 +466,54 @@ def test_generation_without_any_prompt_or_from_embeddings_works() -> None:
     embeddings = model.get_input_embeddings()(torch.full((2, 3), 9))
     expected = model.generate(torch.full((2, 3), 9), **GREEDY)[:, 3:]
     assert torch.equal(model.generate(inputs_embeds=embeddings, **GREEDY), expected)
+
+
+# ---------------------------------------------------------------- names of the cache
+
+
+@every_lm
+def test_a_cache_goes_by_any_name(name: str) -> None:
+    model, _ = make_flamingo(name)
+    prompt = Prompt.make(model)
+    with torch.no_grad():
+        full = model(**prompt.inputs, use_cache=False).logits
+        for cache_name in ("cache", "past_key_values", "cache_params"):
+            first = model(prompt.input_ids[:, :-1], prompt.pixel_values, prompt.num_frames)
+            caches = {cache_name: cache_of(first), "media_cache": first.media_cache}
+            last = model(prompt.input_ids[:, -1:], **caches)
+            torch.testing.assert_close(last.logits[:, 0], full[:, -1], atol=2e-5, rtol=1e-5)
+
+
+@every_lm
+@pytest.mark.filterwarnings("error::FutureWarning")
+def test_no_name_is_used_that_transformers_deprecates(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    messages: list[str] = []
+    monkeypatch.setattr(logging.Logger, "warning_once", lambda _, message, *__: messages.append(message))
+    model, _ = make_flamingo(name)
+    prompt = Prompt.make(model)
+    model(**prompt.inputs).to_tuple()
+    for beams in (1, 2):
+        model.generate(**prompt.inputs, **GREEDY, num_beams=beams)
+    assert not [message for message in messages if "deprecated" in message]
+
+
+@every_lm
+def test_the_output_survives_the_copies_that_ddp_and_fsdp_make(name: str) -> None:
+    model, _ = make_flamingo(name)
+    prompt = Prompt.make(model)
+    output = model(**prompt.inputs, labels=prompt.input_ids, output_hidden_states=True)
+    for copied in (tree_unflatten(*tree_flatten(output)), dataclasses.replace(output)):
+        assert type(copied) is type(output)
+        assert list(copied) == list(output)
+        assert torch.equal(copied.logits, output.logits)
+        assert copied.media_cache is output.media_cache
+
+
+def test_the_older_name_finds_the_cache_in_the_output() -> None:
+    model, _ = make_flamingo()
+    output = model(**Prompt.make(model).inputs)
+    assert output.past_key_values is cache_of(output)
+    assert output.past_key_values.get_seq_length() == 8
 
 
 # ---------------------------------------------------------------- save, load, copy
@@ -651,13 +710,13 @@ def test_only_one_of_the_two_caches_is_an_error() -> None:
     model, _ = make_flamingo()
     prompt = Prompt.make(model)
     cache, media_cache = DynamicCache(), MediaCache()
-    text = model.generate(**prompt.inputs, past_key_values=cache, media_cache=media_cache, **GREEDY)
-    with pytest.raises(ValueError, match="past_key_values and media_cache must hold the same earlier text"):
-        model.generate(text, past_key_values=cache, **GREEDY)
-    with pytest.raises(ValueError, match="past_key_values and media_cache must hold the same earlier text"):
+    text = model.generate(**prompt.inputs, cache=cache, media_cache=media_cache, **GREEDY)
+    with pytest.raises(ValueError, match="and media_cache must hold the same earlier text"):
+        model.generate(text, cache=cache, **GREEDY)
+    with pytest.raises(ValueError, match="and media_cache must hold the same earlier text"):
         model.generate(text, media_cache=media_cache, **GREEDY)
-    with pytest.raises(ValueError, match="past_key_values hold earlier text, but not its media; pass media_cache="):
-        model(text[:, -1:], past_key_values=cache)
+    with pytest.raises(ValueError, match="holds earlier text, but not its media; pass media_cache="):
+        model(text[:, -1:], cache=cache)
     with pytest.raises(ValueError, match="media_cache holds the media of earlier text, but that text is in no cache"):
         model(**prompt.inputs, media_cache=media_cache)
 
@@ -671,10 +730,13 @@ def test_calls_that_would_run_but_not_do_what_was_meant_are_refused() -> None:
     for name in ("document_ids", "media_ranges"):
         with pytest.raises(ValueError, match=f"generate takes no {name}"):
             generate(**prompt.inputs, **{name: prompt.input_ids})
+    for call in (model, generate):
+        with pytest.raises(ValueError, match="cache and past_key_values are names of the same cache"):
+            call(**prompt.inputs, cache=DynamicCache(), past_key_values=DynamicCache())
     cache, media_cache = DynamicCache(), MediaCache()
-    text = model.generate(**prompt.inputs, past_key_values=cache, media_cache=media_cache, **GREEDY)
-    with pytest.raises(ValueError, match="there is no new text: input_ids have 2 tokens, past_key_values"):
-        model.generate(text[:, -2:], past_key_values=cache, media_cache=media_cache, **GREEDY)
+    text = model.generate(**prompt.inputs, cache=cache, media_cache=media_cache, **GREEDY)
+    with pytest.raises(ValueError, match="there is no new text: input_ids have 2 tokens, "):
+        model.generate(text[:, -2:], cache=cache, media_cache=media_cache, **GREEDY)
     model.eject()
     with pytest.raises(RuntimeError, match=r"the blocks were taken out of the language model by eject\(\)"):
         model(**prompt.inputs)
@@ -685,11 +747,11 @@ def test_a_refused_call_leaves_the_cache_as_it_was() -> None:
     prompt = Prompt.make(model)
     cache, media_cache = DynamicCache(), MediaCache()
     options: dict[str, Any] = {**GREEDY, "eos_token_id": None}
-    text = model.generate(**prompt.inputs, past_key_values=cache, media_cache=media_cache, **options)
+    text = model.generate(**prompt.inputs, cache=cache, media_cache=media_cache, **options)
     text = torch.cat([text, torch.tensor([[prompt.image_token_id], [7]])], dim=1)
     new: dict[str, Any] = {
         "pixel_values": prompt.pixel_values[:, :1],
-        "past_key_values": cache,
+        "cache": cache,
         "media_cache": media_cache,
     }
     with pytest.raises(ValueError, match="row 1 has 0 <image> tokens but 1 media"):
@@ -715,7 +777,7 @@ def test_new_media_may_come_with_ranges_of_their_own() -> None:
             prompt.input_ids[:, 4:],
             prompt.pixel_values[:, 1:],
             torch.tensor([[2], [0]]),
-            past_key_values=first.past_key_values,
+            cache=cache_of(first),
             media_cache=first.media_cache,
             media_ranges=media_ranges(prompt.is_image)[:, 4:],
         )
