@@ -18,8 +18,8 @@ from flamingo_blocks.blocks.media_mask import Attend, MediaRuns
 class MediaCache:
     """Keys and values of the media of each row, and which of them its text sees.
 
-    It is used as transformers' caches are: pass an empty one along with `past_key_values` and it is filled; pass both
-    again to go on, with the new media only.
+    It is used as transformers' caches are: pass an empty one along with `cache` and it is filled; pass both again to go
+    on, with the new media only.
 
     Attributes:
         key_values: For each decoder layer with a block, by its index, the keys and values of all media so far.
