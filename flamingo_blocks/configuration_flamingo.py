@@ -11,8 +11,8 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
 # Types are checked by transformers' own strict dataclasses; jaxtyping's hook would break them.
 
-# What language models call their cache: `cache` from transformers 5.24 on; before, `past_key_values`, or `cache_params` in
-# Mamba and its like; RWKV has a `state` in any version.
+# What language models call their cache: `cache` from transformers 5.24 on; before, `past_key_values`, or `cache_params`
+# in Mamba and its like; RWKV has a `state` in any version.
 CACHE_NAMES = ("cache", "past_key_values", "cache_params", "state")
 
 # Names that transformers puts into configurations without declaring them.
