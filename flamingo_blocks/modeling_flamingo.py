@@ -760,7 +760,8 @@ def _non_persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
 
 def _pop_cache(arguments: dict[str, Any]) -> Any:
     """Take the language model's cache out of arguments, by whichever name it is there."""
-    caches = {name: cache for name in CACHE_NAMES if (cache := arguments.pop(name, None)) is not None}
+    named = {name: arguments.pop(name, None) for name in CACHE_NAMES}
+    caches = {name: cache for name, cache in named.items() if cache is not None}
     if len(caches) > 1:
         raise ValueError(f"{' and '.join(caches)} are names of the same cache, the language model's; pass one of them")
     return next(iter(caches.values()), None)

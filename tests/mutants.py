@@ -548,8 +548,8 @@ MUTANTS = [
         "a cache goes by any name",
         "only the first name is known",
         MODELING,
-        "for name in CACHE_NAMES if (cache := arguments.pop(name, None))",
-        "for name in CACHE_NAMES[:1] if (cache := arguments.pop(name, None))",
+        "arguments.pop(name, None) for name in CACHE_NAMES}",
+        "arguments.pop(name, None) for name in CACHE_NAMES[:1]}",
         "tests/test_modeling_flamingo.py::test_a_cache_goes_by_any_name",
     ),
     Mutant(
