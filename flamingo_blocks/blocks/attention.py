@@ -40,8 +40,8 @@ def attend_to_media(
 
     Args:
         queries: One vector a token and head.
-        media: Keys and values, finite, those of padding media too; each kv head serves heads / kv_heads neighbouring
-            heads.
+        media: Keys and values; each kv head serves heads / kv_heads neighbouring heads. What is not finite in a medium
+            reaches the tokens that see it, and no others.
         runs: What each token sees.
         algorithm: `"loop"` or `"dense"`, to force one (see `choose_algorithm`). All are exact.
 
@@ -51,7 +51,7 @@ def attend_to_media(
     """
     _check_shapes(queries, media, runs)
     if algorithm is None:
-        algorithm = choose_algorithm(queries, runs)
+        algorithm = choose_algorithm(queries, media, runs)
     match algorithm:
         case "loop":
             return _loop_over_runs(queries, media, runs)
@@ -60,16 +60,26 @@ def attend_to_media(
     raise ValueError(f"algorithm must be one of {', '.join(map(repr, get_args(Algorithm)))}, got {algorithm!r}")
 
 
-def choose_algorithm(queries: Float[Tensor, "batch text heads head_dim"], runs: MediaRuns) -> Algorithm:
+def choose_algorithm(
+    queries: Float[Tensor, "batch text heads head_dim"], media: KeyValues, runs: MediaRuns
+) -> Algorithm:
     """Name the algorithm that `attend_to_media` uses for these inputs.
 
-    - `"loop"`: one maskless attention per run, which computes nothing in vain. The choice on CPU.
+    - `"loop"`: one maskless attention per run, which computes nothing in vain. The choice on CPU where runs are long or
+      media large.
     - `"dense"`: all tokens against all media under a mask. The reference; needs no run table, so it has static shapes
-      for `torch.compile`, and one kernel on devices where a launch per run would cost more.
+      for `torch.compile`, and one kernel on devices where a launch per run would cost more. Also the choice on CPU
+      where there is so little to compute that a call per run would take longer.
     """
     if torch.compiler.is_compiling() or runs.table is None or queries.device.type != "cpu":
         return "dense"
-    return "loop"
+    _, num_media, latents, _, _ = media.keys.shape
+    multiply_adds = 2 * queries.numel() * num_media * latents
+    return "dense" if multiply_adds < _MULTIPLY_ADDS_PER_CALL * len(runs.table) else "loop"
+
+
+# One call of attention takes about as long as so many multiply-adds within a call.
+_MULTIPLY_ADDS_PER_CALL = 2**18
 
 
 def _loop_over_runs(
@@ -102,12 +112,20 @@ def _dense(
     if num_media == 0:
         return torch.zeros_like(queries)
     mask = dense_media_mask(runs.ranges, num_media)
-    sees_something = mask.any(-1, keepdim=True)
-    # Kernels differ in what they return where everything is masked, some NaN, also as gradient. Such tokens attend
+    # Kernels differ in what they return where everything is masked, some NaN, also as gradient: such tokens attend
     # everywhere here and are set to zero afterwards.
-    mask = (mask | ~sees_something).repeat_interleave(latents, dim=-1)
-    output = _attend(queries, media.keys.flatten(1, 2), media.values.flatten(1, 2), mask[:, None])
-    return torch.where(sees_something[..., None], output, 0)
+    sees_something = mask.any(-1, keepdim=True)
+    # A medium that is not finite may not take part, since a weight of zero times NaN is NaN: it is zeroed here, and the
+    # tokens that see it are set to NaN afterwards.
+    is_finite = (media.keys.isfinite() & media.values.isfinite()).flatten(2).all(-1)
+    sees_nan = (mask & ~is_finite[:, None]).any(-1, keepdim=True)
+    output = _attend(
+        queries,
+        media.keys.where(is_finite[..., None, None, None], 0).flatten(1, 2),
+        media.values.where(is_finite[..., None, None, None], 0).flatten(1, 2),
+        (mask | ~sees_something).repeat_interleave(latents, dim=-1)[:, None],
+    )
+    return output.where(sees_something[..., None], 0).where(~sees_nan[..., None], torch.nan)
 
 
 def _attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> Tensor:

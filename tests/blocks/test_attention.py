@@ -122,6 +122,22 @@ def test_a_batch_without_media_gives_zero(algorithm: Algorithm) -> None:
     assert torch.equal(output, torch.zeros_like(queries))
 
 
+@given(layouts(), seeds, algorithms)
+def test_nan_of_a_medium_reaches_the_tokens_that_see_it_and_no_others(
+    layout: Layout, seed: int, algorithm: Algorithm
+) -> None:
+    queries, media = draw_inputs(layout, seed)
+    before = attend_to_media(queries, media, layout.runs, algorithm=algorithm)
+    changed = seed % layout.media
+    values = media.values.detach().clone()
+    values[:, changed, 0] = torch.nan
+    after = attend_to_media(queries, KeyValues(media.keys, values), layout.runs, algorithm=algorithm)
+    start, stop = layout.ranges.unbind(-1)
+    sees_it = (start <= changed) & (changed < stop)
+    assert after[sees_it].isnan().all()
+    torch.testing.assert_close(after[~sees_it], before[~sees_it])
+
+
 @pytest.mark.parametrize("algorithm", get_args(Algorithm))
 def test_a_batch_without_tokens_gives_no_output(algorithm: Algorithm) -> None:
     media = torch.randn(2, 1, LATENTS, HEADS, HEAD_DIM)
@@ -130,12 +146,32 @@ def test_a_batch_without_tokens_gives_no_output(algorithm: Algorithm) -> None:
     assert output.shape == (2, 0, HEADS, HEAD_DIM)
 
 
-def test_the_choice_is_the_loop_on_cpu_and_dense_without_a_table() -> None:
-    queries = torch.randn(1, 2, HEADS, HEAD_DIM)
-    ranges = torch.tensor([[[0, 1], [0, 1]]])
-    assert choose_algorithm(queries, MediaRuns.from_ranges(ranges)) == "loop"
-    assert choose_algorithm(queries, MediaRuns(ranges, None)) == "dense"
-    assert choose_algorithm(queries.to("meta"), MediaRuns.from_ranges(ranges)) == "dense"
+@pytest.mark.parametrize(
+    ("text", "media", "latents", "algorithm"),
+    [
+        pytest.param(30, 10, 4, "dense", id="many short runs over a few latents: the demo"),
+        pytest.param(1, 2, 64, "dense", id="a step of decoding, two media"),
+        pytest.param(256, 5, 64, "loop", id="a training window of the paper"),
+        pytest.param(1, 32, 64, "loop", id="a step of decoding, 32 media"),
+        pytest.param(2048, 1, 64, "loop", id="one medium"),
+    ],
+)
+def test_the_choice_on_cpu_is_the_loop_unless_there_is_little_to_compute(
+    text: int, media: int, latents: int, algorithm: Algorithm
+) -> None:
+    heads, head_dim = (4, 16) if latents == 4 else (8, 64)
+    index = torch.arange(text) * media // text
+    runs = MediaRuns.from_ranges(torch.stack([index, index + 1], dim=-1)[None])
+    queries, keys = torch.zeros(1, text, heads, head_dim), torch.zeros(1, media, latents, heads, head_dim)
+    assert choose_algorithm(queries, KeyValues(keys, keys), runs) == algorithm
+
+
+def test_the_choice_is_dense_without_a_table_and_on_other_devices() -> None:
+    queries, keys = torch.zeros(1, 256, 8, 64), torch.zeros(1, 2, 64, 8, 64)
+    runs = MediaRuns.from_ranges(torch.tensor([[[0, 1]] * 256]))
+    assert choose_algorithm(queries, KeyValues(keys, keys), runs) == "loop"
+    assert choose_algorithm(queries, KeyValues(keys, keys), MediaRuns(runs.ranges, None)) == "dense"
+    assert choose_algorithm(queries.to("meta"), KeyValues(keys, keys), runs) == "dense"
 
 
 def test_more_image_tokens_than_media_is_an_error() -> None:
