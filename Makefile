@@ -6,13 +6,16 @@ READY := $(VENV)/.ready
 PYTHON := python3 python3.11 python3.12 python3.13 python3.14 python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long test-lowest mutants check format docs docs-serve clean
+.PHONY: help demo demo-seeds test test-long test-lowest mutants check format docs docs-serve clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
 demo: $(READY) ## Train a tiny Flamingo on handwritten digits; writes runs/train_tiny
 	@$(BIN)/python examples/train_tiny.py --out runs/train_tiny
+
+demo-seeds: $(READY) ## Run the demo with five seeds, about ten minutes; writes the figures in docs/assets
+	@$(BIN)/python docs/figures/few_shot.py
 
 test: $(READY) ## Run the tests, then those that must run without run-time shape checks
 	@$(BIN)/python -m pytest
