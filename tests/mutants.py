@@ -34,6 +34,7 @@ class Mutant:
 
 MASK = "flamingo_blocks/blocks/media_mask.py"
 ATTENTION = "flamingo_blocks/blocks/attention.py"
+WORLD = "examples/tiny_world.py"
 BLOCK = "flamingo_blocks/blocks/gated_cross_attention.py"
 FEATURES = "flamingo_blocks/blocks/media_features.py"
 RESAMPLER = "flamingo_blocks/blocks/perceiver_resampler.py"
@@ -689,6 +690,46 @@ MUTANTS = [
         "tests/blocks/test_resampler_baselines.py::test_each_medium_is_resampled_as_if_it_were_alone_and_unpadded",
     ),
     Mutant(
+        "an episode shows only the digits that it may",
+        "a digit's place in the list is taken for the digit",
+        WORLD,
+        "coarse = (of_digit[torch.ones(rows, len(digits)).multinomial(5)],",
+        "coarse = (torch.ones(rows, len(digits)).multinomial(5),",
+        "tests/test_tiny_world.py::test_episodes_show_what_they_may_and_name_kinds_consistently",
+    ),
+    Mutant(
+        "images of a class are drawn without repetition",
+        "each is drawn for itself",
+        WORLD,
+        "order[rows, which, nth]",
+        "order[rows, which, nth * 0]",
+        "tests/test_tiny_world.py::test_images_of_a_class_are_drawn_without_repetition",
+    ),
+    Mutant(
+        "shuffled prompts tell nothing",
+        "they are not shuffled",
+        WORLD,
+        "if shuffle else support",
+        "if not shuffle else support",
+        "tests/test_tiny_world.py::test_shuffled_prompts_tell_nothing",
+    ),
+    Mutant(
+        "prompts use names that stage 3 never used",
+        "they use all names",
+        WORLD,
+        "names = ids_of(UNSEEN_NAMES)[torch.ones(count, len(UNSEEN_NAMES)).multinomial(2)]",
+        "names = ids_of(NAMES)[torch.ones(count, len(NAMES)).multinomial(2)]",
+        "tests/test_tiny_world.py::test_prompts_ask_for_what_they_told",
+    ),
+    Mutant(
+        "a name that can be known stood before",
+        "it may stand later",
+        WORLD,
+        ".tril(-1).any(-1)",
+        ".tril(0).any(-1)",
+        "tests/test_tiny_world.py::test_entries_name_a_noun_always_the_same_in_a_text_and_endings_agree",
+    ),
+    Mutant(
         "shapes are checked at run time in tests",
         "the jaxtyping hook is off",
         "pyproject.toml",
@@ -721,7 +762,7 @@ def fails(mutant: Mutant | None, tests: list[str], *, unchecked: bool) -> tuple[
     """Run tests in a copy of the project that has the bug, if any."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
-        for name in ("flamingo_blocks", "tests"):
+        for name in ("examples", "flamingo_blocks", "tests"):
             shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "pyproject.toml", copy)
         if mutant is not None:
