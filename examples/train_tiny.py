@@ -281,10 +281,11 @@ def encode(model: FlamingoForConditionalGeneration, pixel_values: Tensor) -> Ten
     return torch.cat(parts).unflatten(0, shape)
 
 
-def encode_split(model: FlamingoForConditionalGeneration, split: Digits) -> Features:
-    """Encode the images of a split, in each orientation."""
-    views = torch.stack([orient(split.pixel_values, i) for i in range(len(ORIENTATIONS))], dim=1)
-    return Features(encode(model, views), split.digits)
+def encode_split(model: FlamingoForConditionalGeneration, split: Digits, *, copies: int = 0) -> Features:
+    """Encode the images of a split, in each orientation, and so many jittered copies of each."""
+    images = torch.cat([split.pixel_values, *(jitter(split.pixel_values) for _ in range(copies))])
+    views = torch.stack([orient(images, i) for i in range(len(ORIENTATIONS))], dim=1)
+    return Features(encode(model, views), split.digits.repeat(1 + copies))
 
 
 # ---------------------------------------------------------------- evaluation
@@ -451,6 +452,10 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--withhold: give 2 to 5 digits: 2 are compared, and stage 3 needs 5")
     if min(arguments.shots) < 0 or max(arguments.shots) > 32:
         parser.error("--shots: give numbers from 0 to 32; there are too few images for more")
+    for name in ("steps", "prompts", "threads"):
+        values = getattr(arguments, name)
+        if min(values if isinstance(values, list) else [values]) < 1:
+            parser.error(f"--{name}: give at least 1")
     if arguments.quick:
         arguments.steps, arguments.prompts = [5, 5, 5], 20
     return arguments
@@ -485,7 +490,7 @@ def main() -> None:
         max_frames=1,
     )
     model.to(arguments.device)
-    train, unseen = (encode_split(model, splits[name]) for name in ("train", arguments.evaluate_on))
+    train, unseen = encode_split(model, splits["train"], copies=3), encode_split(model, splits[arguments.evaluate_on])
     characters = encode(model, make_up_characters(splits["train"], seen))
     accuracy_before = text_accuracy(model.language_model)
     difference = difference_at_start(model, train)

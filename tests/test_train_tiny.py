@@ -95,6 +95,8 @@ def test_the_tables_in_the_docs_are_what_the_runs_found() -> None:
         (("--withhold", "3", "3"), "--withhold: give 2 to 5 digits"),
         (("--withhold", "3", "12"), "--withhold: invalid choice: 12"),
         (("--shots", "-1"), "--shots: give numbers from 0 to 32"),
+        (("--steps", "5", "0", "5"), "--steps: give at least 1"),
+        (("--prompts", "0"), "--prompts: give at least 1"),
         (("--shots", "50"), "--shots: give numbers from 0 to 32"),
     ],
 )
