@@ -63,7 +63,8 @@ def test_training_starts_from_the_language_model_and_leaves_it_alone(run: tuple[
 
 def test_the_saved_model_loads_and_answers_the_same(run: tuple[Path, str]) -> None:
     out, _ = run
-    assert read_metrics(out)["max_difference_of_the_loaded_model"] == 0
+    # With the oldest supported versions, weights elsewhere in memory change the last bit of a sum.
+    assert read_metrics(out)["max_difference_of_the_loaded_model"] < 1e-5
     model = FlamingoForConditionalGeneration.from_pretrained(out / "model")
     processor: Any = FlamingoProcessor.from_pretrained(out / "model")
     split = tiny_world.load_splits()["test"]
