@@ -52,8 +52,8 @@ def plot_shots(few_shot: Mapping[str, Mapping[int, Sequence[float]]], path: Path
         runs = few_shot[name]
         at = [shots.index(number) for number in runs]
         mean = [sum(values) / len(values) for values in runs.values()]
-        low = [m - min(values) for m, values in zip(mean, runs.values(), strict=True)]
-        high = [max(values) - m for m, values in zip(mean, runs.values(), strict=True)]
+        low = [max(0.0, m - min(values)) for m, values in zip(mean, runs.values(), strict=True)]
+        high = [max(0.0, max(values) - m) for m, values in zip(mean, runs.values(), strict=True)]
         bars = (low, high) if any(low) or any(high) else None
         axis.errorbar(at, mean, yerr=bars, label=label, capsize=3, elinewidth=0.8, **style)
     axis.axhline(0.5, color="0.7", linewidth=1, zorder=0)

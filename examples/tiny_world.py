@@ -127,7 +127,7 @@ class Digits:
 
 
 def load_splits() -> dict[str, Digits]:
-    """Load the digits in a fixed split: whatever is tuned is tuned on "val", "test" is looked at once, at the end."""
+    """Load the digits in a fixed split: whatever is tuned is tuned on "val", never on "test"."""
     data = load_digits()
     pictures = [Image.fromarray((image * 255 / 16).round().astype("uint8")) for image in data.images]
     pixel_values = make_image_processor()(pictures)["pixel_values"]
@@ -307,7 +307,7 @@ def draw_prompts(
     Args:
         features: Images to draw from.
         digits: Digits to draw from.
-        shots: Images with a name in front of the one that is asked for, half of either digit.
+        shots: Images with a name in front of the one that is asked for, half of each digit, or one more of one.
         count: Number of prompts.
         seed: The same seed gives the same prompts, also for another model.
         shuffle: Shuffle the names of each prompt, as a control: then nothing can be learned from it.

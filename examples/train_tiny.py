@@ -1,4 +1,4 @@
-"""Flamingo in miniature: a frozen language model learns to learn new words for images from its prompt. No downloads.
+"""Flamingo in miniature: a frozen language model is taught to name images from examples in its prompt. No downloads.
 
 The three stages of the paper (Alayrac et al. 2022, section 3 and appendix B), each in its own function:
 
@@ -198,7 +198,7 @@ def pretrain_language_model(steps: int, path: Path, device: str) -> None:
         entries, can_be_known = (tensor.to(device) for tensor in write_entries(rows, entries=length))
         captions = write_captions(16).to(device)
         of_entries = next_word_loss(lm, entries)
-        # Names that can be known, and the endings, count twice.
+        # Names that can be known, and the endings, have terms of their own: they are few among all words.
         names, endings = of_entries[:, 1::3][can_be_known], of_entries[:, 2::3]
         loss = of_entries.mean() + names.mean() + endings.mean() + 0.3 * next_word_loss(lm, captions).mean()
         descent.step(loss)
@@ -235,7 +235,7 @@ def train_flamingo(
     model.train()
     progress = trange(steps, desc="3/4 Flamingo       ")
     for _ in progress:
-        # As in the paper, a batch of either kind of data for each step, weighted.
+        # As in the paper, a batch of each kind of data for each step, weighted.
         names, features = draw_episodes(train, characters, digits, 32)
         loss = loss_of(model, tokens.interleave(names), features)
         batch = images[torch.randint(len(images), (32,))]
@@ -437,10 +437,12 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--steps", type=int, nargs=3, default=[700, 300, 600], metavar="N", help="of the three stages")
     parser.add_argument("--prompts", type=int, default=500, help="prompts for each number of examples")
-    parser.add_argument("--quick", action="store_true", help="a few steps a stage, to see that everything runs")
+    parser.add_argument(
+        "--quick", action="store_true", help="5 steps a stage and 20 prompts, to see that everything runs"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/train_tiny"), help="where everything is written")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="CPU threads")
     parser.add_argument(
         "--evaluate-on", choices=("test", "val"), default="test", help="val is for tuning, so that test stays unseen"
     )

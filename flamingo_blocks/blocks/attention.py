@@ -40,8 +40,8 @@ def attend_to_media(
 
     Args:
         queries: One vector a token and head.
-        media: Keys and values; each kv head serves heads / kv_heads neighbouring heads. What is not finite in a medium
-            reaches the tokens that see it, and no others.
+        media: Keys and values; each kv head serves heads / kv_heads neighbouring heads. NaN in a medium reaches the
+            tokens that see it, in `dense` in all heads, and no others.
         runs: What each token sees.
         algorithm: `"loop"` or `"dense"`, to force one (see `choose_algorithm`). All are exact.
 
