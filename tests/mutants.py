@@ -698,6 +698,14 @@ MUTANTS = [
         "tests/test_tiny_world.py::test_episodes_show_what_they_may_and_name_kinds_consistently",
     ),
     Mutant(
+        "the third stage sees no withheld digit",
+        "captions are of all digits",
+        "examples/train_tiny.py",
+        "images = torch.isin(train.digits, torch.tensor(digits)).nonzero().squeeze(-1)",
+        "images = torch.arange(len(train.digits))",
+        "tests/test_train_tiny.py::test_the_third_stage_sees_no_withheld_digit",
+    ),
+    Mutant(
         "images of a class are drawn without repetition",
         "each is drawn for itself",
         WORLD,

@@ -89,6 +89,17 @@ def test_the_tables_in_the_docs_are_what_the_runs_found() -> None:
     assert runpy.run_path(str(script))["tables"](runs) == (assets / "few_shot.md").read_text()
 
 
+def test_the_third_stage_sees_no_withheld_digit(run: tuple[Path, str]) -> None:
+    model = FlamingoForConditionalGeneration.from_pretrained(run[0] / "model")
+    torch.manual_seed(0)
+    digits = torch.arange(10).repeat(12)
+    features = torch.randn(120, 8, 16, model.vision_encoder.vision_dim)
+    features[torch.isin(digits, torch.tensor([3, 8]))] = torch.nan  # whoever looks at them, loses everything
+    seen = [digit for digit in range(10) if digit not in (3, 8)]
+    train_tiny.train_flamingo(model, Features(features, digits), torch.randn(9, 4, *features.shape[2:]), seen, 2)
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
