@@ -16,6 +16,8 @@ from transformers import PreTrainedTokenizerFast
 from flamingo_blocks.processing_flamingo import FlamingoImageProcessor
 
 IMAGE_SIZE = 32
+# Of the images' pixels, which are in 0..1.
+MEAN, STD = 0.3, 0.35
 
 # ---------------------------------------------------------------- words
 
@@ -143,7 +145,7 @@ def load_splits() -> dict[str, Digits]:
 def make_image_processor() -> FlamingoImageProcessor:
     """Make what brings pictures to the size and range that the vision encoder takes."""
     size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
-    return FlamingoImageProcessor(size=size, image_mean=[0.3], image_std=[0.35], channels=1)
+    return FlamingoImageProcessor(size=size, image_mean=[MEAN], image_std=[STD], channels=1)
 
 
 def orient(pixel_values: Tensor, orientation: int) -> Tensor:
@@ -151,6 +153,11 @@ def orient(pixel_values: Tensor, orientation: int) -> Tensor:
     if orientation >= 4:
         pixel_values = pixel_values.flip(-1)
     return pixel_values.rot90(orientation % 4, (-2, -1))
+
+
+def orient_all(pixel_values: Tensor) -> Tensor:
+    """Show images in every orientation: images ... -> images orientations ..."""
+    return torch.stack([orient(pixel_values, i) for i in range(len(ORIENTATIONS))], dim=1)
 
 
 # ---------------------------------------------------------------- images and text
@@ -225,13 +232,13 @@ def make_up_characters(train: Digits, digits: list[int], *, characters: int = 40
     Returns:
         Pixel values, (characters, copies, channels, height, width).
     """
-    used = [torch.isin(train.digits, torch.tensor(digit)).nonzero().squeeze(-1) for digit in digits]
-    turned = torch.stack([orient(train.pixel_values, i) for i in range(len(ORIENTATIONS))])
+    used = [(train.digits == digit).nonzero().squeeze(-1) for digit in digits]
+    turned = orient_all(train.pixel_values)
     position = torch.arange(IMAGE_SIZE) - (IMAGE_SIZE - 1) / 2
     made = []
     for _ in range(characters):
         first, second = (
-            turned[orientation, used[which][torch.randint(len(used[which]), (copies,))]]
+            turned[used[which][torch.randint(len(used[which]), (copies,))], orientation]
             for which, orientation in zip(
                 torch.randint(len(digits), (2,)).tolist(), torch.randint(len(ORIENTATIONS), (2,)).tolist(), strict=True
             )

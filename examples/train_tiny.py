@@ -43,7 +43,9 @@ from flamingo_blocks.blocks import ContrastiveLoss
 from tiny_plots import LINES, plot_gates, plot_samples, plot_shots
 from tiny_world import (
     IMAGE_SIZE,
+    MEAN,
     ORIENTATIONS,
+    STD,
     TOKEN,
     VOCABULARY,
     Digits,
@@ -56,7 +58,7 @@ from tiny_world import (
     load_splits,
     make_tokenizer,
     make_up_characters,
-    orient,
+    orient_all,
     write_captions,
     write_entries,
 )
@@ -133,7 +135,7 @@ def learning_rate(step: int, steps: int) -> float:
 
 def pretrain_vision_encoder(train: Digits, steps: int, path: Path, device: str) -> None:
     """Train an NFNet to tell which caption goes with which image, and save it as timm does."""
-    overlay = {"input_size": (1, IMAGE_SIZE, IMAGE_SIZE), "mean": (0.3,), "std": (0.35,), "crop_pct": 1.0}
+    overlay = {"input_size": (1, IMAGE_SIZE, IMAGE_SIZE), "mean": (MEAN,), "std": (STD,), "crop_pct": 1.0}
     nfnet: Any = timm.create_model("nfnet_f0", pretrained_cfg_overlay=overlay, **NFNET)
     width = 64
     image_head = nn.Linear(nfnet.num_features, width)
@@ -141,7 +143,7 @@ def pretrain_vision_encoder(train: Digits, steps: int, path: Path, device: str) 
     contrastive_loss = ContrastiveLoss(temperature=0.1)
     model = nn.ModuleList([nfnet, image_head, text_tower, contrastive_loss]).to(device)
     descent = Descent(model, steps, muon=False, weight_decay=0.05)
-    images = torch.stack([orient(train.pixel_values, i) for i in range(len(ORIENTATIONS))], dim=1)
+    images = orient_all(train.pixel_values)
     progress = trange(steps, desc="1/4 vision encoder ")
     for _ in progress:
         batch, orientations = torch.randint(len(images), (128,)), torch.randint(len(ORIENTATIONS), (128,))
@@ -284,8 +286,7 @@ def encode(model: FlamingoForConditionalGeneration, pixel_values: Tensor) -> Ten
 def encode_split(model: FlamingoForConditionalGeneration, split: Digits, *, copies: int = 0) -> Features:
     """Encode the images of a split, in each orientation, and so many jittered copies of each."""
     images = torch.cat([split.pixel_values, *(jitter(split.pixel_values) for _ in range(copies))])
-    views = torch.stack([orient(images, i) for i in range(len(ORIENTATIONS))], dim=1)
-    return Features(encode(model, views), split.digits.repeat(1 + copies))
+    return Features(encode(model, orient_all(images)), split.digits.repeat(1 + copies))
 
 
 # ---------------------------------------------------------------- evaluation
@@ -472,6 +473,7 @@ def main() -> None:
     started = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
     splits = load_splits()
+    unseen_split = splits[arguments.evaluate_on]
     withheld = arguments.withhold
     seen = sorted(set(range(10)) - set(withheld))
 
@@ -492,7 +494,7 @@ def main() -> None:
         max_frames=1,
     )
     model.to(arguments.device)
-    train, unseen = encode_split(model, splits["train"], copies=3), encode_split(model, splits[arguments.evaluate_on])
+    train, unseen = encode_split(model, splits["train"], copies=3), encode_split(model, unseen_split)
     characters = encode(model, make_up_characters(splits["train"], seen))
     accuracy_before = text_accuracy(model.language_model)
     difference = difference_at_start(model, train)
@@ -507,8 +509,7 @@ def main() -> None:
         count=arguments.prompts,
     )
     captions = {
-        name: caption_accuracy(model, splits[arguments.evaluate_on], seen, blank=name == "blank")
-        for name in ("unseen", "blank")
+        name: caption_accuracy(model, unseen_split, seen, blank=name == "blank") for name in ("unseen", "blank")
     }
     model.save_pretrained(out / "model")
     processor.save_pretrained(out / "model")
@@ -544,10 +545,8 @@ def main() -> None:
     is_right = logits.argmax(1) == prompts.answers
     chosen = torch.cat([is_right.nonzero()[:4, 0], (~is_right).nonzero()[:2, 0]])
     some = Prompts(*(tensor[chosen] for tensor in vars(prompts).values()))
-    answers = write_samples(loaded, processor, splits[arguments.evaluate_on], some)
-    plot_samples(
-        splits[arguments.evaluate_on].pictures, some, answers, is_right.float().mean().item(), out / "samples.png"
-    )
+    answers = write_samples(loaded, processor, unseen_split, some)
+    plot_samples(unseen_split.pictures, some, answers, is_right.float().mean().item(), out / "samples.png")
     report(metrics, out)
 
 
