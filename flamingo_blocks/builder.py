@@ -14,6 +14,7 @@ from transformers import (
     AddedToken,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -22,7 +23,7 @@ from transformers import (
 from flamingo_blocks.blocks import Attend
 from flamingo_blocks.configuration_flamingo import FlamingoConfig, FlamingoVisionConfig
 from flamingo_blocks.injection import select_layers
-from flamingo_blocks.language import find_decoder_layers
+from flamingo_blocks.language import find_decoder_layers, find_residual_stream, ordinary_token
 from flamingo_blocks.modeling_flamingo import (
     FlamingoForConditionalGeneration,
     check_is_causal_lm,
@@ -30,6 +31,7 @@ from flamingo_blocks.modeling_flamingo import (
     make_vision_encoder,
 )
 from flamingo_blocks.processing_flamingo import FlamingoImageProcessor, FlamingoProcessor, special_token_id
+from flamingo_blocks.residual_stream import LAYOUTS
 from flamingo_blocks.vision import VisionEncoder
 
 Part = Literal["language_model", "vision_encoder"]
@@ -136,14 +138,19 @@ def build_flamingo(
     lm, found = _load_language_model(language_model, dtype)
     encoder, vision_config = _load_vision_encoder(vision_encoder, image_size, channels, dtype)
     tokenizer = _load_tokenizer(tokenizer, found)
-    vocab_size = lm.get_input_embeddings().weight.shape[0]
+    weight = getattr(lm.get_input_embeddings(), "weight", None)  # several tables, as of audio codebooks, have none
+    vocab_size = lm.config.get_text_config(decoder=True).vocab_size if weight is None else weight.shape[0]
     new_token_ids = add_special_tokens(tokenizer, [image_token, end_of_chunk_token], vocab_size=vocab_size)
     _, all_layers = find_decoder_layers(lm, decoder_layers)
+    indices = select_layers(len(all_layers), every=cross_attention_every, layers=layers)
+    # On the meta device there is nothing to run, and the usual layout is assumed.
+    is_meta = any(parameter.is_meta for parameter in lm.parameters())
     config = FlamingoConfig(
         text_config=lm.config,
         vision_config=vision_config,
-        cross_attention_layers=list(select_layers(len(all_layers), every=cross_attention_every, layers=layers)),
+        cross_attention_layers=list(indices),
         decoder_layers=decoder_layers,
+        residual_stream=LAYOUTS[0] if is_meta else find_residual_stream(lm, {i: all_layers[i] for i in indices}),
         resampler=resampler,
         attend=attend,
         gating=gating,
@@ -162,6 +169,7 @@ def build_flamingo(
     except ValueError:
         model.eject()
         raise
+    model.config.cached_decoding = decodes_with_cache(model)
     image_processor = FlamingoImageProcessor.from_timm(
         encoder.backbone, image_size=encoder.image_size, channels=encoder.channels
     )
@@ -202,7 +210,7 @@ def add_special_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]
     return sorted(token_id for token, token_id in ids.items() if token in missing or token_id >= vocab_size)
 
 
-@torch.no_grad()
+@torch.enable_grad()
 def check_injection(model: FlamingoForConditionalGeneration) -> None:
     """Run a model once on three tokens, to see that its language model is one that blocks can stand in.
 
@@ -210,48 +218,99 @@ def check_injection(model: FlamingoForConditionalGeneration) -> None:
         model: A new model. On the meta device there is nothing to run, and nothing is checked.
 
     Raises:
-        ValueError: If blocks are not run once each and in the order of the layers, or hidden states or logits are not
-            what they should be.
+        ValueError: If blocks are not run in the order of the layers, run without gradients in some passes only, or
+            hidden states or logits are not what they should be.
     """
     if any(parameter.is_meta for parameter in model.parameters()):
         return
     lm = model.language_model
     name = type(lm).__name__
     called: list[int] = []
+    with_gradients: set[bool] = set()
 
     def record(index: int) -> Any:
-        return lambda *_: called.append(index)
+        def hook(*_: object) -> None:
+            called.append(index)
+            with_gradients.add(torch.is_grad_enabled())
 
-    blocks = model.injector.blocks
-    handles = [blocks[str(i)].register_forward_pre_hook(record(i)) for i in model.injector.layer_indices]
+        return hook
+
+    blocks, indices = model.injector.blocks, list(model.injector.layer_indices)
+    handles = [blocks[str(i)].register_forward_pre_hook(record(i)) for i in indices]
     # Two rows of three tokens: a language model that puts time before batch cannot hide. They differ in the last token,
     # which the first two must not see.
-    input_ids = torch.tensor([[0, 1, model.config.end_of_chunk_token_id], [0, 1, 0]], device=lm.device)
+    word = ordinary_token(lm, besides=(model.config.image_token_id, model.config.end_of_chunk_token_id))
+    input_ids = torch.tensor([[word, word, model.config.end_of_chunk_token_id], [word] * 3], device=lm.device)
     try:
-        logits: Tensor = model(input_ids, use_cache=False).logits
+        logits: Tensor = model(input_ids, use_cache=False).logits.detach()
     except Exception as error:
         raise ValueError(f"{name} with blocks does not run on plain token ids: {error}") from error
     finally:
         for handle in handles:
             handle.remove()
-    if called != list(model.injector.layer_indices):
+    if not _is_in_order(called, indices):
         raise ValueError(
-            f"{name} should run its decoder layers {list(model.injector.layer_indices)} once each in this order, "
-            f"but ran {called}; name another list of layers with decoder_layers"
+            f"{name} should run its decoder layers {indices} in this order, once or in loops, but ran {called}; name "
+            "another list of layers with decoder_layers"
         )
-    beyond = [i for i in model.config.new_token_ids or () if i >= lm.get_output_embeddings().weight.shape[0]]
-    expected = (2, 3, lm.get_output_embeddings().weight.shape[0] + len(beyond))
+    if len(with_gradients) > 1:
+        raise ValueError(
+            f"{name} runs decoder layers several times, but some of the times without gradients, so blocks there would "
+            "learn from the others alone; name another list of layers with decoder_layers"
+        )
+    head_weight = getattr(lm.get_output_embeddings(), "weight", None)
+    vocab_size = logits.shape[-1] if head_weight is None else head_weight.shape[0]
+    beyond = [i for i in model.config.new_token_ids or () if i >= vocab_size]
+    expected = (2, 3, vocab_size + len(beyond))
     if tuple(logits.shape) != expected:
         raise ValueError(
             f"{name} should give logits of shape {expected} with the new tokens, got {tuple(logits.shape)}; its "
             "head is not used in the usual way, and new tokens cannot be added to it"
         )
+    if logits.isnan().any():
+        raise ValueError(f"{name} gives logits that are not a number for plain token ids")
     first, second = logits[:, :2].float()
     if (first - second).abs().max() > 1e-3 * logits.float().std():
         raise ValueError(
             f"{name} lets a token see later ones, so it is no causal language model as it stands; for an encoder, set "
             "is_decoder=True in its configuration"
         )
+
+
+@torch.no_grad()
+def decodes_with_cache(model: FlamingoForConditionalGeneration) -> bool:
+    """Whether a model's decoding with a cache gives what the full forward gives. Some language models' does not.
+
+    Args:
+        model: A new model. On the meta device there is nothing to run, and the cache is trusted.
+    """
+    lm = model.language_model
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return True
+    special = (model.config.image_token_id, model.config.end_of_chunk_token_id)
+    first = ordinary_token(lm, besides=special)
+    second = ordinary_token(lm, besides=(*special, first))
+    input_ids = torch.tensor([[first, second, second, first, second], [second, first, first, first, second]])
+    input_ids = input_ids.to(lm.device)
+    try:
+        found: Any = model.generate(
+            input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            generation_config=GenerationConfig(max_new_tokens=3, output_logits=True, return_dict_in_generate=True),
+        )
+        logits = torch.stack(found.logits, dim=1).float()
+        expected = model(found.sequences, use_cache=False).logits[:, input_ids.shape[1] - 1 : -1].float()
+    except Exception:  # whatever it says: its cache is none that can be used here
+        return False
+    tolerance = 1e-2 if lm.dtype == torch.float32 else 0.5  # half precision, and experts chosen by it
+    return bool((logits - expected).abs().max() <= tolerance * expected.std())
+
+
+def _is_in_order(called: Sequence[int], indices: Sequence[int]) -> bool:
+    """Whether each layer comes right after the one before it, or is the begin of another loop over earlier ones."""
+    places = [indices.index(index) for index in called]
+    steps = zip([-1, *places], places, strict=False)
+    return set(called) == set(indices) and all(place <= before + 1 for before, place in steps)
 
 
 def _check_options(sizes: Mapping[str, Any], freeze: Collection[str]) -> None:

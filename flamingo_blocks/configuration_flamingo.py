@@ -9,6 +9,8 @@ from typing import Any, ClassVar, Literal, no_type_check
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
+from flamingo_blocks.residual_stream import StreamLayout
+
 # Types are checked by transformers' own strict dataclasses; jaxtyping's hook would break them.
 
 # What language models call their cache: `cache` from transformers 5.24 on; before, `past_key_values`, or `cache_params`
@@ -80,6 +82,10 @@ class FlamingoConfig(PreTrainedConfig):
         cross_attention_layers: Decoder layers that get a block before them. None: all (the paper's 3B model); see
             `flamingo_blocks.injection.select_layers`.
         decoder_layers: Dotted name of the language model's list of decoder layers, where it is not found by itself.
+        residual_stream: How hidden states are laid out between its decoder layers, see
+            `flamingo_blocks.residual_stream`.
+        cached_decoding: Whether the language model's cache may be used. `build_flamingo` tries it; where it gives other
+            logits than the whole text, text is generated without it.
         cross_attention_heads: Heads of a block. None: the language model's, else one for each 64 channels.
         cross_attention_head_dim: Width of a head. None: the language model's width / heads.
         cross_attention_kv_heads: Heads of keys and values. None: as many as heads.
@@ -119,6 +125,8 @@ class FlamingoConfig(PreTrainedConfig):
     vision_config: PreTrainedConfig | dict[str, Any] | None = None
     cross_attention_layers: list[int] | None = None
     decoder_layers: str | None = None
+    residual_stream: StreamLayout = "batch text dim"
+    cached_decoding: bool = True
     cross_attention_heads: int | None = None
     cross_attention_head_dim: int | None = None
     cross_attention_kv_heads: int | None = None
@@ -172,6 +180,7 @@ class FlamingoConfig(PreTrainedConfig):
         text_config = super().get_text_config(*args, **kwargs)
         if text_config is self or not self.new_token_ids:
             return text_config
+        text_config = text_config.get_text_config(decoder=True)  # that of a vision-language model has one itself
         text_config = copy.copy(text_config)
         text_config.vocab_size = max(text_config.vocab_size, *(i + 1 for i in self.new_token_ids))
         return text_config

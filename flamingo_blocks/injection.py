@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from flamingo_blocks.blocks.attention import KeyValues
 from flamingo_blocks.blocks.media_mask import MediaRuns
+from flamingo_blocks.residual_stream import LAYOUTS, StreamLayout, update_stream
 from flamingo_blocks.scopes import Opened, Scopes, is_in_backward
 
 
@@ -88,7 +89,10 @@ class LMLayerInjector(nn.Module):
 
     Args:
         blocks: For each decoder layer by its index, the block that runs before it. Most often a
-            `GatedCrossAttentionBlock`; any module with `forward(hidden_states, media, runs)` will do.
+            `GatedCrossAttentionBlock`; any module with `forward(hidden_states, media, runs)` will do, and with an
+            attribute `dim` where the stream is not plain.
+        stream: How hidden states are laid out between the decoder layers, see `flamingo_blocks.residual_stream`. Almost
+            all language models have `"batch text dim"`; `flamingo_blocks.language.find_residual_stream` tells.
 
     Attributes:
         blocks: The blocks, in the order of the layers, under their indices as strings.
@@ -117,16 +121,19 @@ class LMLayerInjector(nn.Module):
         ```
 
     Raises:
-        ValueError: If `blocks` is empty.
+        ValueError: If `blocks` is empty, or `stream` is no layout known.
 
     Source: Alayrac et al. 2022, section 2.2 (new layers between frozen ones). Blocks stand in pre-hooks because
     wrapping layers would rename the language model's parameters.
     """
 
-    def __init__(self, blocks: Mapping[int, nn.Module]) -> None:
+    def __init__(self, blocks: Mapping[int, nn.Module], *, stream: StreamLayout = "batch text dim") -> None:
         super().__init__()
         if not blocks:
             raise ValueError("blocks must hold at least one block, got none")
+        if stream not in LAYOUTS:
+            raise ValueError(f"stream must be one of {', '.join(map(repr, LAYOUTS))}, got {stream!r}")
+        self.stream = stream
         self.blocks = nn.ModuleDict({str(index): blocks[index] for index in sorted(blocks)})
         self.gradient_checkpointing = False
         self._scopes = Scopes()
@@ -170,9 +177,7 @@ class LMLayerInjector(nn.Module):
                 raise ValueError(
                     f"decoder layer {index} stands in the list more than once; shared layers cannot differ"
                 )
-        hooks = {
-            index: _BlockHook(self, index, *_hidden_states_argument(layers[index])) for index in self.layer_indices
-        }
+        hooks = {index: _BlockHook(self, index, *hidden_states_argument(layers[index])) for index in self.layer_indices}
         self._handles = [
             layers[index].register_forward_pre_hook(hook, with_kwargs=True) for index, hook in hooks.items()
         ]
@@ -252,17 +257,31 @@ class LMLayerInjector(nn.Module):
             )
         if scope is None:
             return hidden_states
-        block = self.blocks[str(index)]
+        block: Any = self.blocks[str(index)]
         media = scope.media if isinstance(scope.media, Tensor) else scope.media[index]
-        shape = hidden_states.shape
-        if scope.rows_per_media > 1:
-            # Rows that share media are one longer text to a block, which knows no positions.
-            hidden_states = hidden_states.reshape(-1, scope.rows_per_media * shape[1], *shape[2:])
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            hidden_states = checkpoint(block, hidden_states, media, scope.runs, use_reentrant=False)
-        else:
-            hidden_states = block(hidden_states, media, scope.runs)
-        return hidden_states.view(shape)
+        rows, positions, _ = scope.runs.ranges.shape
+
+        def update(hidden_states: Tensor) -> Tensor:
+            shape = hidden_states.shape
+            if scope.rows_per_media > 1:
+                # Rows that share media are one longer text to a block, which knows no positions.
+                hidden_states = hidden_states.reshape(-1, scope.rows_per_media * shape[1], *shape[2:])
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                hidden_states = checkpoint(block, hidden_states, media, scope.runs, use_reentrant=False)
+            else:
+                hidden_states = block(hidden_states, media, scope.runs)
+            return hidden_states.view(shape)
+
+        if self.stream == "batch text dim":
+            return update(hidden_states)
+        return update_stream(
+            update,
+            hidden_states,
+            self.stream,
+            batch=rows * scope.rows_per_media,
+            text=positions // scope.rows_per_media,
+            dim=block.dim,
+        )
 
 
 class _BlockHook:
@@ -285,7 +304,7 @@ class _BlockHook:
         return (*args[: self.position], hidden_states, *args[self.position + 1 :]), kwargs
 
 
-def _hidden_states_argument(layer: nn.Module) -> tuple[int, str]:
+def hidden_states_argument(layer: nn.Module) -> tuple[int, str]:
     """Find the position and name of the argument that holds the hidden states: by name, else the first one."""
     parameters = inspect.signature(layer.forward).parameters.values()
     names = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)] or ["hidden_states"]

@@ -6,7 +6,7 @@ Source: Alayrac et al. 2022 (Flamingo).
 import copy
 import inspect
 from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from functools import partial
@@ -35,7 +35,7 @@ from flamingo_blocks.blocks import (
 )
 from flamingo_blocks.configuration_flamingo import CACHE_NAMES, FlamingoConfig
 from flamingo_blocks.injection import LMLayerInjector
-from flamingo_blocks.language import find_decoder_layers, find_hidden_size
+from flamingo_blocks.language import find_decoder_layers, find_hidden_size, ordinary_token
 from flamingo_blocks.media_cache import MediaCache
 from flamingo_blocks.new_tokens import NewTokens
 from flamingo_blocks.vision import VisionEncoder
@@ -132,16 +132,22 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         indices = range(len(layers)) if config.cross_attention_layers is None else config.cross_attention_layers
         dim = find_hidden_size(lm)
         blocks = {index: _make_block(config, dim, self.resampler.dim) for index in indices}
-        self.injector = LMLayerInjector(blocks)
+        self.injector = LMLayerInjector(blocks, stream=config.residual_stream)
         self.new_tokens: NewTokens | None = None
         if config.new_token_ids:
             embedding: Any = lm.get_input_embeddings()
             head: Any = lm.get_output_embeddings()
+            if not isinstance(getattr(head, "weight", None), Tensor):
+                raise ValueError(
+                    f"new tokens cannot be added to {type(lm).__name__}, whose head is a {type(head).__name__}; let "
+                    "image_token and end_of_chunk_token be special tokens that its tokenizer has already"
+                )
             self.new_tokens = NewTokens(
                 config.new_token_ids,
                 vocab_size=head.weight.shape[0],
                 embedding_dim=embedding.weight.shape[1],
                 head_dim=head.weight.shape[1],
+                old_token_id=ordinary_token(lm),
             )
             if not head.weight.is_meta:
                 self.new_tokens.start_from(lm)
@@ -227,9 +233,9 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         _check_num_frames(num_frames, pixel_values)
         is_real = torch.arange(shape[2], device=num_frames.device) < num_frames[..., None]
         index = is_real.flatten().nonzero().squeeze(-1).to(images.device)
-        height, width = self.vision_encoder.layout.grid
-        dtype = next(self.vision_encoder.backbone.parameters()).dtype
-        features = images.new_zeros(len(images), height * width, self.vision_encoder.vision_dim, dtype=dtype)
+        dtype = next(self.vision_encoder.backbone.parameters(), images).dtype
+        patches, vision_dim = self.vision_encoder.layout.patches, self.vision_encoder.vision_dim
+        features = images.new_zeros(len(images), patches, vision_dim, dtype=dtype)
         if len(index):
             real = self.vision_encoder(images[index])
             features = features.to(real.dtype).index_copy(0, index, real)
@@ -295,6 +301,13 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         has_media = pixel_values is not None or vision_features is not None
         if not torch.compiler.is_compiling():
             self._check_call(kwargs, cache, media_cache, media_ranges)
+        if not self.config.cached_decoding:
+            if use_cache or cache is not None:
+                raise ValueError(
+                    f"{type(self.language_model).__name__} gives other logits with its cache than for the whole text; "
+                    "pass use_cache=False and the whole text"
+                )
+            use_cache = False
         if use_cache is None:
             config: Any = self.config if hasattr(self.config, "use_cache") else self.config.text_config
             use_cache = not self.training and bool(getattr(config, "use_cache", True))
@@ -447,6 +460,11 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
             ValueError: If a row's `<image>` tokens and media do not agree in number, or only one of the two caches of
                 earlier text is there.
         """
+        if type(self.language_model).generate is not GenerationMixin.generate:
+            raise ValueError(
+                f"{type(self.language_model).__name__} has a generate() of its own, which knows no media; "
+                "only its forward can be used here"
+            )
         for name in ("document_ids", "media_ranges"):
             if kwargs.get(name) is not None:
                 raise ValueError(f"generate takes no {name}: what a prompt sees follows from its <image> tokens")
@@ -455,6 +473,8 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
             embeddings = kwargs.get("inputs_embeds")
             # Without any prompt, transformers begins with one row of one token.
             input_ids = torch.zeros(1, 1, dtype=torch.long, device=self.device) if embeddings is None else embeddings
+        if not self.config.cached_decoding:
+            kwargs.setdefault("use_cache", False)
         media_cache = MediaCache() if media_cache is None else media_cache
         if (cache := _pop_cache(kwargs)) is not None:
             kwargs[self._cache_name] = cache
@@ -591,6 +611,9 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
             buffer.copy_(self._lost_buffers[name])
         self._lost_buffers = {}
 
+    def enable_input_require_grads(self) -> None:
+        """Do nothing: checkpointing is not reentrant here and does not need it, and some models cannot run with it."""
+
     def _set_gradient_checkpointing(  # type: ignore[override]
         self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, **kwargs: Any
     ) -> None:
@@ -641,7 +664,8 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         name, layers = find_decoder_layers(self.language_model, self.config.decoder_layers)
         indices = ", ".join(map(str, self.injector.layer_indices))
         height, width = self.vision_encoder.image_size
-        patches = "x".join(map(str, self.vision_encoder.layout.grid))
+        layout = self.vision_encoder.layout
+        patches = "x".join(map(str, layout.grid or (layout.patches,)))
         lines += [
             "",
             f"blocks before {len(self.injector.layer_indices)} of {len(layers)} decoder layers ({name}): {indices}",
@@ -712,7 +736,9 @@ def _make_resampler(config: FlamingoConfig, vision_dim: int) -> Any:
 def _make_block(config: FlamingoConfig, dim: int, media_dim: int) -> GatedCrossAttentionBlock:
     heads = config.cross_attention_heads
     if heads is None:
-        heads = getattr(config.get_text_config(), "num_attention_heads", None)
+        # Some configurations refuse to name one number where layers differ.
+        with suppress(Exception):
+            heads = getattr(config.get_text_config(), "num_attention_heads", None)
         if not isinstance(heads, int) or heads < 1 or dim % heads:  # as in Mamba
             heads = max(1, dim // 64)
     block = GatedCrossAttentionBlock(

@@ -29,6 +29,8 @@ class NewTokens(nn.Module):
         vocab_size: Number of logits of the language model's head.
         embedding_dim: Width of the input embedding.
         head_dim: Width of what enters the head.
+        old_token_id: What a language model is given in place of an id that it does not know: a token that means nothing
+            special to it, such as padding.
 
     Attributes:
         embeddings: One row a token, as the input embedding returns it.
@@ -41,7 +43,9 @@ class NewTokens(nn.Module):
     trained).
     """
 
-    def __init__(self, token_ids: Sequence[int], *, vocab_size: int, embedding_dim: int, head_dim: int) -> None:
+    def __init__(
+        self, token_ids: Sequence[int], *, vocab_size: int, embedding_dim: int, head_dim: int, old_token_id: int = 0
+    ) -> None:
         super().__init__()
         token_ids = sorted(token_ids)
         beyond = [i for i in token_ids if i >= vocab_size]
@@ -51,6 +55,7 @@ class NewTokens(nn.Module):
             )
         self.token_ids = tuple(token_ids)
         self.vocab_size = vocab_size
+        self.old_token_id = old_token_id
         self.embeddings = nn.Parameter(torch.empty(len(token_ids), embedding_dim))
         self.head = nn.Parameter(torch.empty(len(token_ids), head_dim))
         self.head_bias = nn.Parameter(torch.empty(len(token_ids)))
@@ -103,9 +108,9 @@ class NewTokens(nn.Module):
         self._handles = []
 
     def old_ids(self, input_ids: Int[Tensor, "batch text"]) -> Int[Tensor, "batch text"]:
-        """Replace new tokens by token 0, for a language model that must not see an id it does not know."""
+        """Replace new tokens by an old one, for a language model that must not see an id it does not know."""
         index = self._index(input_ids)
-        return input_ids.where(index < 0, 0)
+        return input_ids.where(index < 0, self.old_token_id)
 
     def scope(self, input_ids: Int[Tensor, "batch text"]) -> AbstractContextManager[None]:
         """Let the language model's calls with `old_ids(input_ids)` see the new tokens, in this thread.

@@ -24,6 +24,7 @@ LAYERS = [
     "blocks.contrastive",
     "blocks",
     "scopes",
+    "residual_stream",
     "injection",
     "language",
     "vision",

@@ -21,6 +21,7 @@ from transformers import (
 
 from flamingo_blocks import FlamingoForConditionalGeneration, FlamingoProcessor, VisionEncoder, build_flamingo
 from flamingo_blocks.configuration_flamingo import FlamingoVisionConfig
+from tests.coverage.tiny_configs import make_lm as make_any_lm
 from tests.tiny_flamingo import SIZES, VISION, Prompt, make_flamingo, make_tokenizer
 from tests.tiny_language_models import CONFIGS, VOCAB, make_lm
 
@@ -286,21 +287,99 @@ def test_an_unknown_backbone_is_named() -> None:
         build(vision="resnet1800")
 
 
-def test_a_language_model_that_repeats_a_layer_is_found_out() -> None:
+def test_a_language_model_that_runs_its_layers_in_another_order_is_found_out() -> None:
     lm = make_lm("llama")
     layers = lm.model.layers
-    once: list[int] = []
 
     def run_the_last_layer_first(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not once:
-            once.append(1)
-            layers[2](*args, **kwargs)
+        layers[2](*args, **kwargs)
 
     layers[0].register_forward_pre_hook(run_the_last_layer_first, with_kwargs=True)
     with pytest.raises(
-        ValueError, match=r"should run its decoder layers \[0, 1, 2\] once each .* but ran \[2, 0, 1, 2\]"
+        ValueError, match=r"should run its decoder layers \[0, 1, 2\] in this order.* but ran \[2, 0, 1, 2\]"
     ):
         build(lm)
+
+
+def test_a_language_model_that_loops_over_its_layers_takes_blocks() -> None:
+    lm = make_lm("llama")
+    lm.model.layers[0].register_forward_pre_hook(  # layers 0 and 1 run twice
+        lambda _, args, kwargs: (
+            (lm.model.layers[1](lm.model.layers[0].forward(*args, **kwargs), **kwargs), *args[1:]),
+            kwargs,
+        ),
+        with_kwargs=True,
+    )
+    model, _ = build(lm, layers=[1, 2])
+    called: list[int] = []
+    for block in model.injector.blocks.values():
+        block.register_forward_pre_hook(lambda *_: called.append(1))
+    model(torch.tensor([[5, 6]]))
+    assert len(called) == 3
+
+
+def test_a_language_model_that_learns_from_some_of_its_loops_only_is_refused() -> None:
+    lm = make_lm("llama")
+    layers = lm.model.layers
+    original = layers[0].forward
+
+    def twice(hidden_states: torch.Tensor, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            hidden_states = layers[1](hidden_states, **kwargs)
+        return original(hidden_states, **kwargs)
+
+    layers[0].forward = twice
+    with pytest.raises(
+        ValueError, match=r"LlamaForCausalLM runs decoder layers several times, but some .* without grad"
+    ):
+        build(lm, layers=[1])
+
+
+def test_a_cache_that_gives_other_logits_is_not_used(tmp_path: Path) -> None:
+    lm = make_lm("llama")
+    model, _ = build(lm)
+    assert model.config.cached_decoding
+    model.eject()
+    original = lm.model.forward
+
+    def forget(*args: Any, **kwargs: Any) -> Any:
+        if (kwargs.get("cache") or kwargs.get("past_key_values")) is not None:
+            kwargs["position_ids"] = torch.zeros_like(kwargs["input_ids"])
+        return original(*args, **kwargs)
+
+    lm.model.forward = forget
+    model, _ = build(lm)
+    assert not model.config.cached_decoding
+    prompt = Prompt.make(model)
+    ids = model.generate(**prompt.inputs, max_new_tokens=3, do_sample=False, min_new_tokens=3)
+    logits = model(ids, prompt.pixel_values, prompt.num_frames).logits[:, prompt.input_ids.shape[1] - 1 : -1]
+    allowed = logits.index_fill(-1, torch.tensor([1, VOCAB, VOCAB + 1]), -torch.inf)
+    assert torch.equal(allowed.argmax(-1), ids[:, -3:])
+    with pytest.raises(ValueError, match="LlamaForCausalLM gives other logits with its cache than for the whole text"):
+        model.generate(**prompt.inputs, use_cache=True)
+    with pytest.raises(ValueError, match="pass use_cache=False and the whole text"):
+        model(**prompt.inputs, use_cache=True)
+    lm.model.forward = original
+    model.save_pretrained(tmp_path)
+    assert not FlamingoForConditionalGeneration.from_pretrained(tmp_path).config.cached_decoding
+
+
+def test_a_language_model_without_one_head_keeps_its_own_tokens() -> None:
+    lm = make_any_lm("MusicgenForCausalLM")
+    with pytest.raises(
+        ValueError, match="new tokens cannot be added to MusicgenForCausalLM, whose head is a ModuleList"
+    ):
+        build(lm, tokenizer=make_tokenizer())
+    model, _ = build(lm, tokenizer=make_tokenizer(specials=("<image>", "<EOC>")))
+    with pytest.raises(ValueError, match=r"MusicgenForCausalLM has a generate\(\) of its own, which knows no media"):
+        model.generate(torch.tensor([[5, 6]]))
+
+
+def test_the_language_model_of_a_vision_language_model_takes_new_tokens() -> None:
+    model, _ = build(make_any_lm("Gemma3ForConditionalGeneration"), tokenizer=make_tokenizer(size=160))
+    prompt = Prompt.make(model)
+    ids = model.generate(**prompt.inputs, max_new_tokens=2, min_new_tokens=2, num_beams=2)
+    assert ids.shape == (2, 10)
 
 
 def test_a_language_model_that_sees_later_tokens_is_found_out() -> None:
@@ -325,7 +404,7 @@ def test_a_time_major_language_model_is_found_out() -> None:
         return (args[0].transpose(0, 1), *args[1:])
 
     lm.transformer.h[0].register_forward_pre_hook(time_first)
-    with pytest.raises(ValueError, match="GPT2LMHeadModel with blocks does not run on plain token ids"):
+    with pytest.raises(ValueError, match="GPT2LMHeadModel lets a token see later ones"):
         build(lm)
     assert not any(layer._forward_pre_hooks for layer in lm.transformer.h[1:]), "the blocks were taken out again"
     assert not lm.lm_head._forward_hooks

@@ -577,3 +577,72 @@ def test_a_residual_stream_of_another_form_is_refused() -> None:
         pytest.raises(ValueError, match=r"runs must be built for \(batch=2, text=4\), got \(2, 9\)"),
     ):
         layers[0](torch.zeros(2, 4, WIDTH))
+
+
+# ---------------------------------------------------------------- language models from elsewhere
+
+
+class PlainLM(nn.Module):
+    """A language model of nobody's library: it has no config, and its layers are in a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCAB, WIDTH)
+        self.stack = nn.ModuleList(
+            nn.TransformerEncoderLayer(WIDTH, 4, 48, dropout=0.0, batch_first=True) for _ in range(DEPTH)
+        )
+        self.head = nn.Linear(WIDTH, VOCAB)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        hidden_states = self.embedding(input_ids)
+        mask = nn.Transformer.generate_square_subsequent_mask(input_ids.shape[1])
+        for layer in self.stack:
+            hidden_states = layer(hidden_states, src_mask=mask, is_causal=True)
+        return self.head(hidden_states)
+
+
+def test_a_language_model_that_is_not_from_transformers_takes_blocks_too() -> None:
+    torch.manual_seed(0)
+    lm, inputs = PlainLM().eval(), Inputs.make()
+    keys = list(lm.state_dict())
+    base = lm(inputs.input_ids)
+    _, layers = find_decoder_layers(lm, "stack")
+    injector = make_injector().inject(layers)
+    assert list(lm.state_dict()) == keys
+    with injector.scope(inputs.media, inputs.runs):
+        assert torch.equal(lm(inputs.input_ids), base)
+        for block in injector.blocks.values():
+            randomize(block, 0)
+        opened = lm(inputs.input_ids)
+        opened.sum().backward()
+    assert all(p.grad is not None for p in injector.parameters())
+    other = inputs.media.clone()
+    other[0, 1] += 1
+    with injector.scope(other, inputs.runs):
+        changed = lm(inputs.input_ids)
+    torch.testing.assert_close(changed[0, :5], opened[0, :5])
+    assert not torch.allclose(changed[0, 5:], opened[0, 5:])
+    injector.eject()
+    assert torch.equal(lm(inputs.input_ids), base)
+
+
+def test_blocks_stand_in_a_stream_that_is_time_major() -> None:
+    class Layer(nn.Module):
+        def forward(self, hidden_states: Tensor) -> Tensor:
+            return 2 * hidden_states
+
+    block = GatedCrossAttentionBlock(dim=8, media_dim=MEDIA_DIM, heads=2, gate_init=1.0)
+    layer = Layer()
+    injector = LMLayerInjector({0: block}, stream="text batch dim").inject([layer])
+    hidden_states, media = torch.randn(4, 2, 8), torch.randn(2, 1, LATENTS, MEDIA_DIM)
+    runs = MediaRuns.from_ranges(media_ranges(torch.tensor([[True, False, False, False]] * 2)))
+    with injector.scope(media, runs):
+        found = layer(hidden_states)
+    torch.testing.assert_close(found, 2 * block(hidden_states.transpose(0, 1), media, runs).transpose(0, 1))
+
+
+@pytest.mark.unchecked
+def test_a_layout_that_is_not_known_is_refused() -> None:
+    block = GatedCrossAttentionBlock(dim=8, media_dim=MEDIA_DIM, heads=2)
+    with pytest.raises(ValueError, match=r"stream must be one of 'batch text dim', .* got 'time batch dim'"):
+        LMLayerInjector({0: block}, stream="time batch dim")  # type: ignore[arg-type]
