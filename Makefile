@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 PYTHON := python3 python3.11 python3.12 python3.13 python3.14 python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-seeds test test-long test-lowest mutants check format docs docs-serve clean
+.PHONY: help demo demo-seeds test test-long test-lowest coverage mutants check format docs docs-serve clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -26,6 +26,10 @@ test-long: $(READY) ## Run the tests with 2,000 examples a law instead of 50, an
 
 test-lowest: ## Run the tests with the oldest supported versions, in an environment of its own
 	@$(MAKE) --no-print-directory test VENV=.venv-lowest CONSTRAINTS="-c tests/lowest.txt"
+
+coverage: $(READY) ## Try every language model and every backbone, up to an hour, can be stopped; writes docs/coverage
+	@$(BIN)/python -m tests.coverage.language_models
+	@$(BIN)/python -m tests.coverage.vision_encoders
 
 mutants: $(READY) ## Show that each law can fail: put a bug in, see its test fail; writes tests/README.md
 	@$(BIN)/python tests/mutants.py

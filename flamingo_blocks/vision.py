@@ -1,35 +1,50 @@
-"""VisionEncoder: any timm model as an encoder of images into visual tokens, frozen unless asked otherwise.
+"""VisionEncoder: any backbone as an encoder of images into visual tokens, frozen unless asked otherwise.
 
-timm's backbones return feature maps or token sequences, with the channels in different places and with class tokens in
-front or not. What a backbone does is found out once, from the shapes of a pass without computation, and never guessed.
+timm's backbones return maps, token sequences or lists of them, with the channels in different places and with class
+tokens in front or not. What a backbone does is found out once, from the shapes of a pass without computation, and never
+guessed.
 """
 
 import copy
+import math
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+Returns = Literal["tokens", "map"]
+Method = Literal["forward_features", "forward_intermediates", "forward"]
+Shape = tuple[int, ...]
+Size = tuple[int, int]
+InputSize = tuple[int, int, int]
+MOST_PREFIX_TOKENS = 16
+
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """How a backbone's `forward_features` lays out its result.
+    """How a backbone lays out its result.
 
     Attributes:
         axes: Order of the axes: batch N, channels C, height H, width W, tokens L.
         prefix_tokens: Class and register tokens in front of the patches.
-        grid: Patches along height and width.
+        patches: Tokens of an image, without the prefix.
         dim: Width of a token.
+        grid: Patches along height and width. None: a module that returns tokens does not say.
+        method: What of the backbone is called. `"forward_intermediates"`: where `forward_features` gives class tokens
+            alone, the patches are the last intermediate map, which has not passed a final norm.
     """
 
-    axes: Literal["NCHW", "NHWC", "NLC"]
+    axes: Literal["NCHW", "NHWC", "NLC", "NCL"]
     prefix_tokens: int
-    grid: tuple[int, int]
+    patches: int
     dim: int
+    grid: Size | None
+    method: Method = "forward_features"
 
     def to_tokens(self, features: Tensor) -> Tensor:
         """Rearrange a backbone's result to (media, patches, vision_dim), patches row by row."""
@@ -40,18 +55,24 @@ class TokenLayout:
                 return features.flatten(1, 2)
             case "NLC":
                 return features[:, self.prefix_tokens :]
+            case "NCL":
+                return features.transpose(1, 2)
 
 
 class VisionEncoder(nn.Module):
-    """Encode images with a timm model that stays frozen: no gradient, no training mode, no moving statistics.
+    """Encode images with a backbone that stays frozen: no gradient, no training mode, no moving statistics.
 
     `unfreeze` ends this, for fine-tuning or ablations.
 
     Args:
-        backbone: A timm model.
-        image_size: Height and width of the images. None: what the model was made for.
+        backbone: A timm model; or any module, if `returns` says what it returns.
+        image_size: Height and width of the images. None: what the timm model was made for.
         channels: Of the images.
         output_dtype: Of the tokens; None: the backbone's.
+        returns: What calling the backbone returns: `"tokens"` (batch, patches, dim) or a `"map"` (batch, dim, height,
+            width), as they are or as the `last_hidden_state` of an output of transformers. None: it is a timm model,
+            and its `forward_features` is examined.
+        prefix_tokens: How many tokens stand before the patches, if `returns="tokens"`; e.g. 1 class token.
 
     Attributes:
         layout: What the backbone returns for such images.
@@ -59,7 +80,8 @@ class VisionEncoder(nn.Module):
         is_frozen: Whether the backbone is frozen.
 
     Raises:
-        ValueError: If the backbone takes no images of this size, or does not return a grid of tokens.
+        ValueError: If the backbone takes no images of this size, or does not return a grid of tokens, or not what
+            `returns` says.
 
     Example:
         ```python
@@ -68,6 +90,9 @@ class VisionEncoder(nn.Module):
 
         encoder = VisionEncoder.from_timm("test_vit", image_size=160)
         tokens = encoder(torch.randn(2, 3, 160, 160))  # (media, patches, vision_dim)
+
+        stem = torch.nn.Conv2d(3, 64, kernel_size=16, stride=16)
+        assert VisionEncoder(stem, image_size=160, returns="map").layout.grid == (10, 10)
         ```
 
     Source: Alayrac et al. 2022, section 2.1: a frozen NFNet-F6 whose final grid is flattened. Differs from the paper:
@@ -78,18 +103,31 @@ class VisionEncoder(nn.Module):
         self,
         backbone: nn.Module,
         *,
-        image_size: int | tuple[int, int] | None = None,
+        image_size: int | Size | None = None,
         channels: int = 3,
         output_dtype: torch.dtype | None = None,
+        returns: Returns | None = None,
+        prefix_tokens: int = 0,
     ) -> None:
         super().__init__()
-        if image_size is None:
-            image_size = _native_size(backbone)
-        self.image_size = (image_size, image_size) if isinstance(image_size, int) else image_size
+        name, native = type(backbone).__name__, _native_size(backbone)
+        size = native if image_size is None else _pair(image_size)
+        if size is None:
+            raise ValueError(f"{name} does not say for which size it was made; give image_size")
+
+        def layout_for(size: Size) -> TokenLayout:
+            return find_layout(backbone, (channels, *size), returns=returns, prefix_tokens=prefix_tokens)
+
+        try:
+            self.layout = layout_for(size)
+        except ValueError as error:
+            if returns is not None:
+                raise
+            raise _name_sizes(error, name, size, native, layout_for) from error.__cause__
+        self.image_size = size
         self.channels = channels
         self.output_dtype = output_dtype
-        self.layout = find_layout(backbone, (channels, *self.image_size))
-        # Typed as what it is to callers: timm's models share methods but no class.
+        # Typed as what it is to callers: backbones share methods but no class.
         self.backbone: Any = backbone
         self.freeze()
 
@@ -99,7 +137,7 @@ class VisionEncoder(nn.Module):
         name: str,
         *,
         pretrained: bool = False,
-        image_size: int | tuple[int, int] | None = None,
+        image_size: int | Size | None = None,
         channels: int = 3,
         output_dtype: torch.dtype | None = None,
         model_args: Mapping[str, Any] | None = None,
@@ -115,18 +153,31 @@ class VisionEncoder(nn.Module):
             model_args: Further arguments of `timm.create_model`, e.g. `{"output_stride": 8}`.
 
         Raises:
-            ValueError: As the constructor.
+            ValueError: As the constructor. Where the size is to blame, it names sizes that the model can be built for.
         """
         import timm
 
-        model_args = dict(model_args or {})
+        arguments = {"num_classes": 0, "in_chans": channels, "pretrained": pretrained, **(model_args or {})}
+        create = partial(timm.create_model, name, **arguments)
+        if image_size is None:
+            return cls(create(), channels=channels, output_dtype=output_dtype)
+        size = _pair(image_size)
 
-        def create(**arguments: Any) -> nn.Module:
-            arguments = {"num_classes": 0, "in_chans": channels, **model_args, **arguments}
-            return timm.create_model(name, pretrained=pretrained, **arguments)
+        def layout_for(size: Size) -> TokenLayout:
+            with torch.device("meta"):
+                backbone = _create_for_size(partial(create, pretrained=False), (channels, *size))
+            return find_layout(backbone, (channels, *size))
 
-        backbone = create() if image_size is None else _create_for_size(create, image_size)
-        return cls(backbone, image_size=image_size, channels=channels, output_dtype=output_dtype)
+        try:
+            backbone = _create_for_size(create, (channels, *size))
+        except Exception as error:
+            native = None
+            with suppress(Exception), torch.device("meta"):
+                native = _native_size(create(pretrained=False))
+            if native is None:
+                raise  # whatever is wrong, it is not the size
+            raise _name_sizes(error, name, size, native, layout_for) from error.__cause__
+        return cls(backbone, image_size=size, channels=channels, output_dtype=output_dtype)
 
     @property
     def vision_dim(self) -> int:
@@ -166,93 +217,190 @@ class VisionEncoder(nn.Module):
                 f"images must have shape (media, {self.channels}, {', '.join(map(str, self.image_size))}), "
                 f"got {tuple(images.shape)}"
             )
-        dtype = next(self.backbone.parameters()).dtype
+        dtype = next(self.backbone.parameters(), images).dtype
         with torch.no_grad() if self.is_frozen else nullcontext():
-            features = self.backbone.forward_features(images.to(dtype))
+            features = _run(self.backbone, self.layout.method, images.to(dtype))
         return self.layout.to_tokens(features).to(self.output_dtype or dtype)
 
 
-def find_layout(backbone: nn.Module, input_size: tuple[int, int, int]) -> TokenLayout:
-    """Find out how a timm model's `forward_features` lays out its result.
+def find_layout(
+    backbone: nn.Module, input_size: InputSize, *, returns: Returns | None = None, prefix_tokens: int = 0
+) -> TokenLayout:
+    """Find out how a backbone lays out its result.
 
-    The model is copied to the meta device and run there, which takes neither memory nor arithmetic.
+    A copy is run on the meta device, which takes neither memory nor arithmetic. Where a timm model returns several
+    streams of tokens, the last one counts: that of the last stage, or of the deepest branch.
+
+    A timm model that cuts images into patches leaves out what remains at the border. That is an error here, unless it
+    was made for this very size.
 
     Args:
-        backbone: A timm model; it is not changed.
+        backbone: It is not changed.
         input_size: Channels, height and width of an image.
+        returns: As for `VisionEncoder`. Where a module cannot run on the meta device, a copy is run on zeros instead.
+        prefix_tokens: As for `VisionEncoder`.
 
     Raises:
-        ValueError: If the model does not take such images, or its result is not a grid of tokens.
+        ValueError: If the model does not take such images, or its result is not a grid of tokens, or not what `returns`
+            says.
     """
     name = type(backbone).__name__
+    if returns is not None:
+        return _declared_layout(backbone, input_size, returns, prefix_tokens)
+    if prefix_tokens:
+        raise ValueError(f'prefix_tokens is for returns="tokens", got {prefix_tokens}; in timm models they are found')
     if not hasattr(backbone, "forward_features"):
-        raise ValueError(f"{name} has no forward_features; a backbone must be a timm model")
+        raise ValueError(
+            f"{name} has no forward_features, so it is no timm model; say what calling it returns: "
+            'returns="tokens" or returns="map"'
+        )
     skeleton = _on_meta(backbone)
-    # Two images, lest an axis of one be mistaken for the batch.
-    images = torch.empty(2, *input_size, device="meta", dtype=next(skeleton.parameters()).dtype)
+    patches_cut_off = _note_patches_cut_off(skeleton, input_size)
+    shape = _shape(skeleton, "forward_features", input_size)
+    if patches_cut_off and input_size[1:] != _native_size(backbone):
+        raise ValueError(f"its patches of {_times(patches_cut_off[0])} would leave out a border")
     try:
-        with torch.no_grad():
-            features = skeleton.forward_features(images)
-        intermediate = _intermediate_shape(skeleton, images)
-    except Exception as error:
-        raise ValueError(f"{name} does not take images of size {input_size}: {error}") from error
-    shape = tuple(features.shape) if isinstance(features, Tensor) else None
+        intermediate: Shape | None = _shape(skeleton, "forward_intermediates", input_size)
+    except ValueError:
+        # Older versions of timm have none for this model, or it reads values, which the meta device lacks.
+        intermediate = None
     layout = None
-    if shape is not None and len(shape) == 4:
-        layout = _map_layout(shape, skeleton, intermediate)
-    elif shape is not None and len(shape) == 3:
+    if len(shape) == 4:
+        output_fmt, width = getattr(skeleton, "output_fmt", None), getattr(skeleton, "num_features", None)
+        layout = _map_layout(shape, str(getattr(output_fmt, "value", output_fmt)), width, intermediate)
+    elif len(shape) == 3:
         declared = getattr(skeleton, "num_prefix_tokens", None)
-        layout = _sequence_layout(shape, declared, intermediate)
+        layout = _sequence_layout(shape, declared, intermediate, input_size[1:])
     if layout is None:
         raise ValueError(
-            f"{name}.forward_features does not return a grid of tokens that can be told from its shape, "
-            f"{shape or type(features).__name__}"
+            f"{name}.forward_features does not return a grid of tokens that can be told from its shape, {shape}"
         )
     return layout
 
 
-def _map_layout(shape: tuple[int, ...], skeleton: Any, intermediate: tuple[int, ...] | None) -> TokenLayout | None:
+def _map_layout(shape: Shape, output_fmt: str, width: int | None, intermediate: Shape | None) -> TokenLayout | None:
     """Tell NCHW from NHWC: by what the model declares, else by its last intermediate map, else by its width."""
     _, first, second, third = shape
-    declared = getattr(skeleton, "output_fmt", None)
-    axes = str(getattr(declared, "value", declared))
-    if axes not in ("NCHW", "NHWC"):
-        if intermediate is not None:
-            # It is always NCHW. Layers after it may change the width, but neither the grid nor its place.
-            grid = intermediate[2:]
-            is_nchw, is_nhwc = (second, third) == grid, (first, second) == grid
-        else:
-            width = getattr(skeleton, "num_features", None)
-            is_nchw, is_nhwc = first == width, third == width
-        if is_nchw == is_nhwc:
-            return None
-        axes = "NCHW" if is_nchw else "NHWC"
-    if axes == "NCHW":
-        return TokenLayout("NCHW", 0, (second, third), first)
-    return TokenLayout("NHWC", 0, (first, second), third)
+    nchw = TokenLayout("NCHW", 0, second * third, first, (second, third))
+    nhwc = TokenLayout("NHWC", 0, first * second, third, (first, second))
+    if output_fmt in ("NCHW", "NHWC"):
+        return nchw if output_fmt == "NCHW" else nhwc
+    # An intermediate map is always NCHW. Most layers after it change neither the grid nor its place.
+    fits = [layout for layout in (nchw, nhwc) if intermediate is not None and layout.grid == intermediate[2:]]
+    if len(fits) != 1:
+        fits = [layout for layout in (nchw, nhwc) if layout.dim == width]
+    return fits[0] if len(fits) == 1 else None
 
 
-def _sequence_layout(
-    shape: tuple[int, ...], declared: int | None, intermediate: tuple[int, ...] | None
-) -> TokenLayout | None:
-    """Split tokens into prefix and grid: the last intermediate map has the grid, what is left over is prefix."""
+def _sequence_layout(shape: Shape, declared: int | None, intermediate: Shape | None, image: Size) -> TokenLayout | None:
+    """Find the grid of a sequence: the last intermediate map has it, or it follows from the shape of the image."""
     _, tokens, dim = shape
-    if intermediate is None:
-        return None
-    height, width = intermediate[2:]
-    prefix_tokens = tokens - height * width
-    if prefix_tokens < 0 or prefix_tokens > 16 or (declared is not None and declared != prefix_tokens):
-        return None
-    return TokenLayout("NLC", prefix_tokens, (height, width), dim)
+    if intermediate is None or len(intermediate) != 4:
+        # A class token and one for distillation are the most that models without further notice have.
+        prefixes = (0, 1, 2) if declared is None else (declared,)
+        found = [(prefix, grid) for prefix in prefixes if (grid := _grid_like(image, tokens - prefix))]
+        if len(found) != 1:
+            return None
+        prefix, grid = found[0]
+        return TokenLayout("NLC", prefix, tokens - prefix, dim, grid)
+    _, channels, height, width = intermediate
+    patches = height * width
+    if (tokens, dim) == (channels, patches) and channels != patches:
+        return TokenLayout("NCL", 0, patches, channels, (height, width))
+    prefix = tokens - patches
+    if 0 <= prefix <= MOST_PREFIX_TOKENS and declared in (None, prefix):
+        return TokenLayout("NLC", prefix, patches, dim, (height, width))
+    if tokens <= 2:
+        return TokenLayout("NCHW", 0, patches, channels, (height, width), "forward_intermediates")
+    # Blocks of merge x merge patches may have become one token.
+    merged = tokens - declared if declared is not None else 0
+    merge = math.isqrt(patches // merged) if merged > 0 else 0
+    if merge > 1 and merge**2 * merged == patches and height % merge == width % merge == 0:
+        return TokenLayout("NLC", tokens - merged, merged, dim, (height // merge, width // merge))
+    return None
 
 
-def _intermediate_shape(skeleton: Any, images: Tensor) -> tuple[int, ...] | None:
-    if not hasattr(skeleton, "forward_intermediates"):
+def _grid_like(image: Size, patches: int) -> Size | None:
+    """The grid of so many patches that has exactly the image's aspect ratio; fewer than 4 might be class tokens."""
+    if patches < 4:
         return None
-    with torch.no_grad():
-        features = skeleton.forward_intermediates(images, indices=1, intermediates_only=True, output_fmt="NCHW")
-    shape = tuple(features[-1].shape)
-    return shape if len(shape) == 4 else None
+    common = math.gcd(*image)
+    height, width = image[0] // common, image[1] // common
+    times = math.isqrt(patches // (height * width))
+    return (times * height, times * width) if times and times**2 * height * width == patches else None
+
+
+def _declared_layout(backbone: nn.Module, input_size: InputSize, returns: Returns, prefix_tokens: int) -> TokenLayout:
+    if returns not in ("tokens", "map"):
+        raise ValueError(f'returns must be "tokens", "map" or None, got {returns!r}')
+    name = type(backbone).__name__
+    try:
+        shape = _shape(_on_meta(backbone), "forward", input_size)
+    except ValueError:
+        # The meta copy fails where a module reads values, or keeps tensors that are neither parameters nor buffers.
+        shape = _shape(copy.deepcopy(backbone).eval(), "forward", input_size)
+    axes = "(batch, patches, dim)" if returns == "tokens" else "(batch, dim, height, width)"
+    if len(shape) != axes.count(",") + 1:
+        raise ValueError(f"returns={returns!r} means {axes}, but {name} returns {shape} for 2 images")
+    if returns == "map":
+        if prefix_tokens:
+            raise ValueError(f'prefix_tokens is for returns="tokens", got {prefix_tokens}')
+        _, dim, height, width = shape
+        return TokenLayout("NCHW", 0, height * width, dim, (height, width), "forward")
+    _, tokens, dim = shape
+    if not 0 <= prefix_tokens < tokens:
+        raise ValueError(
+            f"prefix_tokens must be less than the {tokens} tokens that {name} returns, got {prefix_tokens}"
+        )
+    return TokenLayout("NLC", prefix_tokens, tokens - prefix_tokens, dim, None, "forward")
+
+
+def _shape(backbone: nn.Module, method: Method, input_size: InputSize) -> Shape:
+    """Shape of the result for two images: for one, another axis might be mistaken for the batch."""
+    name = type(backbone).__name__
+    first = next(backbone.parameters(), torch.empty(0))
+    images = torch.zeros(2, *input_size, device=first.device, dtype=first.dtype)
+    try:
+        with torch.no_grad():
+            result = _run(backbone, method, images)
+    except Exception as error:
+        raise ValueError(f"{name} does not take images of size {input_size}: {error}") from error
+    if not isinstance(result, Tensor) or result.shape[:1] != (2,):
+        found = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
+        raise ValueError(f"{name}.{method} must return a tensor with the batch first, got {found} for 2 images")
+    return tuple(result.shape)
+
+
+def _run(backbone: Any, method: Method, images: Tensor) -> Any:
+    match method:
+        case "forward":
+            result = backbone(images)
+            return result if isinstance(result, Tensor) else result.last_hidden_state
+        case "forward_features":
+            result = backbone.forward_features(images)
+        case "forward_intermediates":
+            result = backbone.forward_intermediates(images, indices=1, intermediates_only=True, output_fmt="NCHW")
+    while isinstance(result, list | tuple):
+        result = result[-1]
+    return result
+
+
+def _note_patches_cut_off(skeleton: nn.Module, input_size: InputSize) -> list[Size]:
+    """Collect, in passes to come, the sizes of patches that do not fill the image."""
+    found: list[Size] = []
+
+    def note(conv: Any, inputs: Any, output: Tensor) -> None:
+        is_patches = conv.kernel_size == conv.stride and inputs[0].shape[1:] == input_size
+        if is_patches and any(
+            count * side < whole
+            for count, side, whole in zip(output.shape[2:], conv.stride, input_size[1:], strict=True)
+        ):
+            found.append(conv.stride)
+
+    for module in skeleton.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(note)
+    return found
 
 
 def _on_meta(backbone: nn.Module) -> Any:
@@ -267,19 +415,60 @@ def _empty_like(tensor: Tensor) -> Tensor:
     return nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
 
 
-def _native_size(backbone: nn.Module) -> tuple[int, int]:
+def _native_size(backbone: nn.Module) -> Size | None:
     config = getattr(backbone, "pretrained_cfg", None) or {}
-    if "input_size" not in config:
-        raise ValueError(f"{type(backbone).__name__} does not say for which size it was made; give image_size")
-    _, height, width = config["input_size"]
-    return height, width
+    return (config["input_size"][1], config["input_size"][2]) if "input_size" in config else None
 
 
-def _create_for_size(create: Callable[..., nn.Module], image_size: int | tuple[int, int]) -> nn.Module:
+def _create_for_size(create: Callable[..., nn.Module], input_size: InputSize) -> nn.Module:
+    """Build a timm model for this size; where it is not built for a size, or not for this one, it may take it still."""
     try:
-        return create(img_size=image_size)
-    except TypeError:
-        # Convolutional models take no such argument, and any size.
-        return create()
-    except AssertionError as error:
-        raise ValueError(f"timm cannot build this model for images of size {image_size}: {error}") from error
+        backbone = create(img_size=input_size[1:])
+        find_layout(backbone, input_size)
+    except (ArithmeticError, AssertionError, RuntimeError, TypeError, ValueError) as error:
+        backbone = create()
+        try:
+            find_layout(backbone, input_size)
+        except ValueError:
+            if isinstance(error, TypeError):
+                raise
+            raise error from error.__cause__
+    return backbone
+
+
+def _name_sizes(
+    error: Exception, name: str, size: Size, native: Size | None, layout_for: Callable[[Size], TokenLayout]
+) -> Exception:
+    """Say which sizes are taken: the native one, and the next smaller and larger. Or is the size not to blame?"""
+
+    def is_taken(size: Size) -> bool:
+        try:
+            layout_for(size)
+        except Exception:
+            return False
+        return True
+
+    smaller, larger = set[Size](), set[Size]()
+    # What patches, strides and windows usually ask for.
+    for unit in {14, 16, 32, 48, 64, *(side // 2 for side in native or ())}:
+        if unit <= min(size):
+            smaller.add((size[0] // unit * unit, size[1] // unit * unit))
+        larger.add((-(-size[0] // unit) * unit, -(-size[1] // unit) * unit))
+    candidates = [[native] if native else [], sorted(smaller, reverse=True), sorted(larger)]
+    taken = {size for sizes in candidates for size in [next(filter(is_taken, sizes), None)] if size is not None}
+    if not taken or is_taken(size):
+        return error  # it is not the size
+    *others, last = map(_times, sorted(taken))
+    reason = str(error.__cause__ or error)
+    return ValueError(
+        f"{name} does not take images of {_times(size)}; it takes {', '.join(others)}{' and ' if others else ''}{last}"
+        f"{': ' if reason else ''}{reason}"
+    )
+
+
+def _times(size: Size) -> str:
+    return f"{size[0]}x{size[1]}"
+
+
+def _pair(size: int | Size) -> Size:
+    return (size, size) if isinstance(size, int) else size

@@ -6,7 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flamingo_blocks.language import ordinary_token
 from flamingo_blocks.new_tokens import NewTokens
+from tests.tiny_flamingo import make_flamingo
 from tests.tiny_language_models import CONFIGS, VOCAB, make_lm
 
 every_lm = pytest.mark.parametrize("name", CONFIGS)
@@ -126,3 +128,12 @@ def test_an_embedding_that_is_asked_for_something_else_is_an_error() -> None:
         pytest.raises(ValueError, match="new tokens cannot be added to such a language model"),
     ):
         lm(torch.tensor([[3, 4, 5]]))
+
+
+def test_a_language_model_sees_an_ordinary_token_for_a_new_one() -> None:
+    lm = make_lm("llama")
+    model, _ = make_flamingo("llama")
+    assert model.new_tokens is not None
+    text = torch.tensor([[5, VOCAB, 6, VOCAB + 1]])
+    assert model.new_tokens.old_ids(text).tolist() == [[5, ordinary_token(lm), 6, ordinary_token(lm)]]
+    assert ordinary_token(lm) not in (lm.config.pad_token_id, lm.config.bos_token_id, lm.config.eos_token_id)

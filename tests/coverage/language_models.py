@@ -14,8 +14,11 @@ from tests.coverage.tiny_configs import architectures
 # Why a law does not hold. Everything else that fails is a defect, and ends the sweep with an error.
 CAUSES: dict[tuple[str, str], str] = {
     ("MusicgenForCausalLM", "generation"): "it generates by its own generate(); ours says so",
+    ("MusicgenMelodyForCausalLM", "generation"): "it generates by its own generate(); ours says so",
     ("MusicgenForCausalLM", "cached"): "it generates by its own generate(); ours says so",
+    ("MusicgenMelodyForCausalLM", "cached"): "it generates by its own generate(); ours says so",
     ("MusicgenForCausalLM", "new tokens"): "it has a head for each audio codebook; build_flamingo says so",
+    ("MusicgenMelodyForCausalLM", "new tokens"): "it has a head for each audio codebook; build_flamingo says so",
     ("ProphetNetForCausalLM", "causal"): "its own masks let later tokens through, by about 1e-8 before blocks are open",
     ("ReformerModelWithLMHead", "gradient"): "its own reversible backward gives blocks no gradient; backward says so",
     ("ReformerModelWithLMHead", "checkpointing"): "as for the gradient",

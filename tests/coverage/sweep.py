@@ -6,6 +6,8 @@ import multiprocessing
 import os
 import platform
 import signal
+import threading
+import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -102,6 +104,13 @@ def _start_worker() -> None:
 
     os.environ["TQDM_DISABLE"] = "1"
     torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with_parent(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)  # nobody waits for the result
 
 
 def _run(check: Callable[[str], Result], name: str, limit_s: int) -> Result:

@@ -19,7 +19,7 @@ PAD, BOS, EOS = 0, 1, 2
 
 # Fields that set a size, and to what; the first match counts.
 _SIZES = [
-    (r"vocab_size|n_vocab|vocab_size_per_layer_input|text_vocab_size|n_words", VOCAB),
+    (r"(unpadded_)?vocab_size|n_vocab|vocab_size_per_layer_input|text_vocab_size|n_words", VOCAB),
     (r"hidden_size|n_embd|d_model|dim_model|emb_dim|embed_dim|embedding_size|word_embed_proj_dim|model_dim", WIDTH),
     (r"attention_hidden_size|input_embedding_size|lru_width|embedding_dim|hidden_size_global", WIDTH),
     (r"num_hidden_layers|n_layers?|num_layers|num_blocks|(num_)?(de|en)code(r)?_layers|num_(de|en)coder_layers", DEPTH),
@@ -137,6 +137,15 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "n_mamba_heads": 8, "num_key_value_heads": 4},
     "zaya": {"num_experts_per_tok": 1},
 }
+# The same for a part of one, by model_type and the part's name.
+PARTS: dict[tuple[str, str], dict[str, Any]] = {
+    ("gemma4_assistant", "text_config"): {
+        "hidden_size_per_layer_input": 0,
+        "vocab_size_per_layer_input": 0,
+        "num_kv_shared_layers": DEPTH,
+        "layer_types": _HALF_SLIDING,
+    },
+}
 
 
 def architectures() -> list[str]:
@@ -156,17 +165,17 @@ def make_lm(architecture: str, *, dtype: torch.dtype = torch.float32, seed: int 
     return lm
 
 
-def _shrink(cls: Any) -> Any:
+def _shrink(cls: Any, further: dict[str, Any] | None = None) -> Any:
     fields = _fields(cls)
     parts = getattr(cls, "sub_configs_defaults", None) or {}
     chosen = {name: _choose(name, default) for name, default in fields.items() if name not in parts}
     arguments = {name: value for name, value in chosen.items() if value is not None}
     for name, part in parts.items():
         if not getattr(part, "optional", False) or name.startswith(("text", "decoder", "llm")):
-            arguments[name] = _shrink(_part_class(part))
+            arguments[name] = _shrink(_part_class(part), PARTS.get((cls.model_type, name)))
     if "kv_lora_rank" in fields and "num_key_value_heads" in arguments:  # latent attention has as many as heads
         arguments["num_key_value_heads"] = HEADS
-    return cls(**arguments | EXCEPTIONS.get(cls.model_type, {}))
+    return cls(**arguments | EXCEPTIONS.get(cls.model_type, {}) | (further or {}))
 
 
 def _choose(name: str, default: Any) -> Any:
