@@ -169,7 +169,7 @@ def build_flamingo(
     except ValueError:
         model.eject()
         raise
-    model.config.cached_decoding = decodes_with_cache(model)
+    choose_decoding(model)
     image_processor = FlamingoImageProcessor.from_timm(
         encoder.backbone, image_size=encoder.image_size, channels=encoder.channels
     )
@@ -277,30 +277,37 @@ def check_injection(model: FlamingoForConditionalGeneration) -> None:
         )
 
 
-@torch.no_grad()
-def decodes_with_cache(model: FlamingoForConditionalGeneration) -> bool:
-    """Whether a model's decoding with a cache gives what the full forward gives. Some language models' does not.
+def choose_decoding(model: FlamingoForConditionalGeneration) -> None:
+    """Find out how a model generates by the logits of its forward, and write it into its configuration.
 
     Args:
-        model: A new model. On the meta device there is nothing to run, and the cache is trusted.
+        model: A new model. On the meta device there is nothing to run, and the usual way is assumed.
     """
-    lm = model.language_model
     if any(parameter.is_meta for parameter in model.parameters()):
-        return True
+        return
+    for model.config.decoding in ("cached", "uncached"):
+        for model.config.decoding_position_ids in (True, False):
+            if _decodes_as_forward(model):
+                return
+    model.config.decoding = "none"
+
+
+@torch.no_grad()
+def _decodes_as_forward(model: FlamingoForConditionalGeneration) -> bool:
+    lm = model.language_model
     special = (model.config.image_token_id, model.config.end_of_chunk_token_id)
     first = ordinary_token(lm, besides=special)
     second = ordinary_token(lm, besides=(*special, first))
     input_ids = torch.tensor([[first, second, second, first, second], [second, first, first, first, second]])
     input_ids = input_ids.to(lm.device)
+    settings = GenerationConfig(max_new_tokens=3, output_logits=True, return_dict_in_generate=True)
+    # Nothing that a language model might take for padding may be generated.
+    settings.suppress_tokens = [i for i in range(model.config.get_text_config().vocab_size) if i not in (first, second)]
     try:
-        found: Any = model.generate(
-            input_ids,
-            attention_mask=torch.ones_like(input_ids),
-            generation_config=GenerationConfig(max_new_tokens=3, output_logits=True, return_dict_in_generate=True),
-        )
+        found: Any = model.generate(input_ids, attention_mask=torch.ones_like(input_ids), generation_config=settings)
         logits = torch.stack(found.logits, dim=1).float()
         expected = model(found.sequences, use_cache=False).logits[:, input_ids.shape[1] - 1 : -1].float()
-    except Exception:  # whatever it says: its cache is none that can be used here
+    except Exception:  # whatever it says: this is no way to generate
         return False
     tolerance = 1e-2 if lm.dtype == torch.float32 else 0.5  # half precision, and experts chosen by it
     return bool((logits - expected).abs().max() <= tolerance * expected.std())

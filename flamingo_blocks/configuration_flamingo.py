@@ -84,8 +84,11 @@ class FlamingoConfig(PreTrainedConfig):
         decoder_layers: Dotted name of the language model's list of decoder layers, where it is not found by itself.
         residual_stream: How hidden states are laid out between its decoder layers, see
             `flamingo_blocks.residual_stream`.
-        cached_decoding: Whether the language model's cache may be used. `build_flamingo` tries it; where it gives other
-            logits than the whole text, text is generated without it.
+        decoding: How text is generated so that its logits are those of the forward; `build_flamingo` tries it out.
+            `"cached"`: with the language model's cache. `"uncached"`: its cache gives other logits, so without.
+            `"none"`: not at all, since its way of generating is another one than its forward.
+        decoding_position_ids: Whether generating tells the language model the positions. Some count them otherwise in
+            their forward (RoBERTa).
         cross_attention_heads: Heads of a block. None: the language model's, else one for each 64 channels.
         cross_attention_head_dim: Width of a head. None: the language model's width / heads.
         cross_attention_kv_heads: Heads of keys and values. None: as many as heads.
@@ -126,7 +129,8 @@ class FlamingoConfig(PreTrainedConfig):
     cross_attention_layers: list[int] | None = None
     decoder_layers: str | None = None
     residual_stream: StreamLayout = "batch text dim"
-    cached_decoding: bool = True
+    decoding: Literal["cached", "uncached", "none"] = "cached"
+    decoding_position_ids: bool = True
     cross_attention_heads: int | None = None
     cross_attention_head_dim: int | None = None
     cross_attention_kv_heads: int | None = None

@@ -301,7 +301,7 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         has_media = pixel_values is not None or vision_features is not None
         if not torch.compiler.is_compiling():
             self._check_call(kwargs, cache, media_cache, media_ranges)
-        if not self.config.cached_decoding:
+        if self.config.decoding != "cached":
             if use_cache or cache is not None:
                 raise ValueError(
                     f"{type(self.language_model).__name__} gives other logits with its cache than for the whole text; "
@@ -473,7 +473,12 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
             embeddings = kwargs.get("inputs_embeds")
             # Without any prompt, transformers begins with one row of one token.
             input_ids = torch.zeros(1, 1, dtype=torch.long, device=self.device) if embeddings is None else embeddings
-        if not self.config.cached_decoding:
+        if self.config.decoding == "none":
+            raise ValueError(
+                f"{type(self.language_model).__name__} generates by other logits than those of its forward; only its "
+                "forward can be used here"
+            )
+        if self.config.decoding == "uncached":
             kwargs.setdefault("use_cache", False)
         media_cache = MediaCache() if media_cache is None else media_cache
         if (cache := _pop_cache(kwargs)) is not None:
@@ -511,6 +516,8 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if inputs_embeds is not None:
             kwargs["inputs_embeds"] = inputs_embeds
         inputs: dict[str, Any] = self.language_model.prepare_inputs_for_generation(input_ids, **kwargs)
+        if not self.config.decoding_position_ids:
+            inputs.pop("position_ids", None)
         if media_cache is not None:
             text = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
             length = text.shape[1]

@@ -452,8 +452,8 @@ MUTANTS = [
         "a cache that gives other logits is not used",
         "it is never tried",
         BUILDER,
-        "model.config.cached_decoding = decodes_with_cache(model)",
-        "",
+        "    choose_decoding(model)\n    image_processor",
+        "    image_processor",
         "tests/test_builder.py::test_a_cache_that_gives_other_logits_is_not_used",
     ),
     Mutant(

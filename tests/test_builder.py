@@ -338,7 +338,7 @@ def test_a_language_model_that_learns_from_some_of_its_loops_only_is_refused() -
 def test_a_cache_that_gives_other_logits_is_not_used(tmp_path: Path) -> None:
     lm = make_lm("llama")
     model, _ = build(lm)
-    assert model.config.cached_decoding
+    assert model.config.decoding == "cached"
     model.eject()
     original = lm.model.forward
 
@@ -349,7 +349,7 @@ def test_a_cache_that_gives_other_logits_is_not_used(tmp_path: Path) -> None:
 
     lm.model.forward = forget
     model, _ = build(lm)
-    assert not model.config.cached_decoding
+    assert model.config.decoding == "uncached"
     prompt = Prompt.make(model)
     ids = model.generate(**prompt.inputs, max_new_tokens=3, do_sample=False, min_new_tokens=3)
     logits = model(ids, prompt.pixel_values, prompt.num_frames).logits[:, prompt.input_ids.shape[1] - 1 : -1]
@@ -361,7 +361,7 @@ def test_a_cache_that_gives_other_logits_is_not_used(tmp_path: Path) -> None:
         model(**prompt.inputs, use_cache=True)
     lm.model.forward = original
     model.save_pretrained(tmp_path)
-    assert not FlamingoForConditionalGeneration.from_pretrained(tmp_path).config.cached_decoding
+    assert FlamingoForConditionalGeneration.from_pretrained(tmp_path).config.decoding == "uncached"
 
 
 def test_a_language_model_without_one_head_keeps_its_own_tokens() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from tests.coverage import sweep as sweeping
-from tests.coverage.language_checks import LAWS, UNCACHED, check
+from tests.coverage.language_checks import LAWS, UNCACHED, check, make_flamingo
 from tests.coverage.sweep import sweep, table
 
 SAMPLE = [
@@ -41,10 +41,20 @@ def test_a_backward_that_gives_blocks_no_gradient_is_an_error() -> None:
         LAWS["gradient"][1]("ReformerModelWithLMHead")
 
 
-@pytest.mark.parametrize("architecture", ["CamembertForCausalLM", "XLMWithLMHeadModel"])
-def test_where_the_cache_is_wrong_text_is_generated_without(architecture: str) -> None:
-    assert LAWS["generation"][1](architecture) == UNCACHED
-    assert LAWS["cached"][1](architecture) == UNCACHED
+def test_where_the_cache_is_wrong_text_is_generated_without() -> None:
+    assert LAWS["generation"][1]("RwkvForCausalLM") == UNCACHED
+    assert LAWS["cached"][1]("RwkvForCausalLM") == UNCACHED
+
+
+def test_where_generating_counts_positions_otherwise_the_forward_counts() -> None:
+    assert not make_flamingo("RobertaForCausalLM").config.decoding_position_ids
+    assert LAWS["generation"][1]("RobertaForCausalLM") in (None, "")
+    assert LAWS["cached"][1]("RobertaForCausalLM") in (None, "")
+
+
+def test_where_generating_is_no_forward_it_is_refused() -> None:
+    with pytest.raises(ValueError, match="XLMWithLMHeadModel generates by other logits than those of its forward"):
+        LAWS["generation"][1]("XLMWithLMHeadModel")
 
 
 def test_checkpointing_of_a_language_model_that_scales_its_embeddings_in_place() -> None:
