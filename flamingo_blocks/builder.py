@@ -300,13 +300,16 @@ def _decodes_as_forward(model: FlamingoForConditionalGeneration) -> bool:
     second = ordinary_token(lm, besides=(*special, first))
     input_ids = torch.tensor([[first, second, second, first, second], [second, first, first, first, second]])
     input_ids = input_ids.to(lm.device)
-    settings = GenerationConfig(max_new_tokens=3, output_logits=True, return_dict_in_generate=True)
-    # Nothing that a language model might take for padding may be generated.
-    settings.suppress_tokens = [i for i in range(model.config.get_text_config().vocab_size) if i not in (first, second)]
     try:
-        found: Any = model.generate(input_ids, attention_mask=torch.ones_like(input_ids), generation_config=settings)
+        found: Any = model.generate(
+            input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            generation_config=GenerationConfig(max_new_tokens=3, output_logits=True, return_dict_in_generate=True),
+            # Nothing that a language model might take for padding may be generated.
+            prefix_allowed_tokens_fn=lambda *_: [first, second],
+        )
         logits = torch.stack(found.logits, dim=1).float()
-        expected = model(found.sequences, use_cache=False).logits[:, input_ids.shape[1] - 1 : -1].float()
+        expected = model(found.sequences[:, :-1], use_cache=False).logits[:, input_ids.shape[1] - 1 :].float()
     except Exception:  # whatever it says: this is no way to generate
         return False
     tolerance = 1e-2 if lm.dtype == torch.float32 else 0.5  # half precision, and experts chosen by it

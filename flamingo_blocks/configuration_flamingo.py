@@ -182,9 +182,11 @@ class FlamingoConfig(PreTrainedConfig):
         It is what transformers asks while generating. `text_config` itself stays that of the language model.
         """
         text_config = super().get_text_config(*args, **kwargs)
-        if text_config is self or not self.new_token_ids:
+        if text_config is self:
             return text_config
         text_config = text_config.get_text_config(decoder=True)  # that of a vision-language model has one itself
+        if not self.new_token_ids:
+            return text_config
         text_config = copy.copy(text_config)
         text_config.vocab_size = max(text_config.vocab_size, *(i + 1 for i in self.new_token_ids))
         return text_config

@@ -460,8 +460,8 @@ MUTANTS = [
         "a vision-language model's language model takes new tokens",
         "its configuration is taken for that of the text",
         CONFIGURATION,
-        "text_config = text_config.get_text_config(decoder=True)  #",
-        "#",
+        "        text_config = text_config.get_text_config(decoder=True)  #",
+        "        #",
         "tests/test_builder.py::test_the_language_model_of_a_vision_language_model_takes_new_tokens",
     ),
     Mutant(

@@ -13,6 +13,7 @@ from tests.coverage.tiny_configs import architectures
 
 # Why a law does not hold. Everything else that fails is a defect, and ends the sweep with an error.
 CAUSES: dict[tuple[str, str], str] = {
+    ("InklingForCausalLM", "new tokens"): "it cuts its logits to its tokenizer's vocabulary; build_flamingo says so",
     ("MusicgenForCausalLM", "generation"): "it generates by its own generate(); ours says so",
     ("MusicgenMelodyForCausalLM", "generation"): "it generates by its own generate(); ours says so",
     ("MusicgenForCausalLM", "cached"): "it generates by its own generate(); ours says so",
@@ -46,6 +47,7 @@ def page(results: dict[str, Result]) -> str:
         for law, how in result["laws"].items()
         if how not in ("", UNCACHED)
     ]
+    exceptions += [(f"`{name}`", "all", result["error"], "") for name, result in results.items() if "error" in result]
     uncached = [f"`{name}`" for name, result in joined.items() if UNCACHED in result["laws"].values()]
     rows = [
         (f"`{name}`", f"`{result['layers']}`", *(_cell(how) for how in result["laws"].values()))
