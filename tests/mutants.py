@@ -414,7 +414,7 @@ MUTANTS = [
         RESIDUAL,
         "if len(numbers) == 1 and None not in numbers:",
         "if numbers != {None}:",
-        "tests/test_residual_stream.py::test_what_is_none_of_them_is_not_guessed",
+        "tests/test_residual_stream.py::test_a_layout_that_fits_one_text_alone_is_not_guessed",
     ),
     Mutant(
         "new tokens stand on an ordinary token",

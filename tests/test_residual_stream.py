@@ -58,3 +58,8 @@ def test_what_is_none_of_them_is_not_guessed(shape: tuple[int, ...]) -> None:
 def test_hidden_states_of_another_layout_are_refused(layout: StreamLayout) -> None:
     with pytest.raises(ValueError, match=r"hidden_states must be laid out as \(.*\) with batch=2, text=3, dim=4"):
         update_stream(lambda x: x, torch.zeros(2, 3, 5, 7, 11), layout, batch=2, text=3, dim=4)
+
+
+def test_a_layout_that_fits_one_text_alone_is_not_guessed() -> None:
+    assert find_stream_layout({(3, 5): (3, 5, 16), (2, 7): (2, 9, 16)}, 16) is None
+    assert find_stream_layout({(3, 5): (3, 10, 16), (2, 7): (2, 21, 16)}, 16) is None
