@@ -101,9 +101,11 @@ def _read(path: Path, key: str) -> dict[str, Result]:
 
 def _start_worker() -> None:
     import torch
+    import transformers
 
-    os.environ["TQDM_DISABLE"] = "1"
     torch.set_num_threads(1)
+    transformers.logging.disable_progress_bar()  # they would write over the sweep's own
+    transformers.logging.set_verbosity_error()
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
 
 
