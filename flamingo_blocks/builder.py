@@ -1,9 +1,7 @@
 """build_flamingo: a Flamingo from any decoder of transformers and any backbone of timm."""
 
 import copy
-import json
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack, get_args
@@ -12,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     AddedToken,
-    AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
@@ -20,19 +17,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from flamingo_blocks.backbones import dtype_name, load_language_model, load_vision_encoder, loading
 from flamingo_blocks.blocks import Attend
 from flamingo_blocks.configuration_flamingo import FlamingoConfig, FlamingoVisionConfig
 from flamingo_blocks.injection import select_layers
 from flamingo_blocks.language import find_decoder_layers, find_residual_stream, ordinary_token
-from flamingo_blocks.modeling_flamingo import (
-    FlamingoForConditionalGeneration,
-    check_is_causal_lm,
-    dtype_name,
-    make_vision_encoder,
-)
+from flamingo_blocks.modeling_flamingo import FlamingoForConditionalGeneration
 from flamingo_blocks.processing_flamingo import FlamingoImageProcessor, FlamingoProcessor, special_token_id
 from flamingo_blocks.residual_stream import LAYOUTS
-from flamingo_blocks.vision import VisionEncoder
 
 Part = Literal["language_model", "vision_encoder"]
 
@@ -135,9 +127,9 @@ def build_flamingo(
     """
     _check_options(sizes, freeze)
     dtype, trained_dtype = _as_dtype("dtype", dtype), _as_dtype("trained_dtype", trained_dtype) or torch.float32
-    lm, found = _load_language_model(language_model, dtype)
-    encoder, vision_config = _load_vision_encoder(vision_encoder, image_size, channels, dtype)
-    tokenizer = _load_tokenizer(tokenizer, found)
+    lm, text_revision = load_language_model(language_model, dtype=dtype)
+    encoder, vision_config = load_vision_encoder(vision_encoder, image_size=image_size, channels=channels, dtype=dtype)
+    tokenizer = _load_tokenizer(tokenizer, lm.config.name_or_path or "")
     weight = getattr(lm.get_input_embeddings(), "weight", None)  # several tables, as of audio codebooks, have none
     vocab_size = lm.config.get_text_config(decoder=True).vocab_size if weight is None else weight.shape[0]
     new_token_ids = add_special_tokens(tokenizer, [image_token, end_of_chunk_token], vocab_size=vocab_size)
@@ -147,6 +139,7 @@ def build_flamingo(
     is_meta = any(parameter.is_meta for parameter in lm.parameters())
     config = FlamingoConfig(
         text_config=lm.config,
+        text_revision=text_revision,
         vision_config=vision_config,
         cross_attention_layers=list(indices),
         decoder_layers=decoder_layers,
@@ -343,124 +336,6 @@ def _as_dtype(name: str, dtype: torch.dtype | str | None) -> torch.dtype | None:
     return dtype
 
 
-def _load_language_model(
-    language_model: str | Path | PreTrainedConfig | PreTrainedModel, dtype: torch.dtype | None
-) -> tuple[Any, str]:
-    """Give the language model, and where its tokenizer may be found."""
-    auto_model: Any = AutoModelForCausalLM
-    if isinstance(language_model, PreTrainedConfig):
-        lm = auto_model.from_config(language_model, dtype=dtype or language_model.dtype or torch.float32)
-    elif isinstance(language_model, str | Path):
-        with _loading("language_model", language_model):
-            lm = auto_model.from_pretrained(language_model, dtype=dtype or "auto")
-    elif isinstance(language_model, nn.Module):
-        lm = language_model if dtype is None else nn.Module.to(language_model, dtype)
-    else:
-        raise ValueError(
-            "language_model must be an id, a path, a configuration or a causal language model of transformers, got "
-            f"{type(language_model).__name__}"
-        )
-    check_is_causal_lm(lm)
-    return lm.eval(), lm.config.name_or_path or ""
-
-
-def _load_vision_encoder(
-    vision_encoder: str | Path | FlamingoVisionConfig | nn.Module,
-    image_size: int | tuple[int, int] | None,
-    channels: int | None,
-    dtype: torch.dtype | None,
-) -> tuple[VisionEncoder, FlamingoVisionConfig]:
-    model_args: dict[str, Any] | None = None
-    encoder: VisionEncoder
-    if isinstance(vision_encoder, VisionEncoder | FlamingoVisionConfig):
-        _check_agreement("channels", channels, vision_encoder.channels)
-        _check_agreement("image_size", image_size, vision_encoder.image_size)
-    channels = 3 if channels is None else channels
-    if isinstance(vision_encoder, VisionEncoder):
-        encoder = vision_encoder
-    elif isinstance(vision_encoder, FlamingoVisionConfig):
-        model_args = vision_encoder.model_args
-        asked = copy.deepcopy(vision_encoder)
-        if image_size is not None:
-            asked.image_size = [image_size] * 2 if isinstance(image_size, int) else list(image_size)
-        encoder = make_vision_encoder(asked)
-    elif isinstance(vision_encoder, str | Path):
-        name, weights = str(vision_encoder), dict[str, Any]()
-        if Path(name).is_dir():
-            name, model_args, weights = _read_backbone(Path(name))
-            made_for = model_args.pop("img_size", None)
-            image_size = image_size or ((made_for[0], made_for[1]) if isinstance(made_for, list) else made_for)
-        with _loading("vision_encoder", vision_encoder):
-            encoder = VisionEncoder.from_timm(
-                name,
-                pretrained=True,
-                image_size=image_size,
-                channels=channels,
-                model_args={**(model_args or {}), **weights},
-            )
-    elif isinstance(vision_encoder, nn.Module):
-        encoder = VisionEncoder(vision_encoder, image_size=image_size, channels=channels)
-    else:
-        raise ValueError(
-            "vision_encoder must be a name of timm, a path, a FlamingoVisionConfig or a timm model, got "
-            f"{type(vision_encoder).__name__}"
-        )
-    return encoder.to(dtype=dtype), _describe(encoder, model_args)
-
-
-def _check_agreement(name: str, asked: Any, found: Any) -> None:
-    if asked is None or found is None:
-        return
-    if name == "image_size":
-        asked = [asked, asked] if isinstance(asked, int) else list(asked)
-        found = list(found)
-    if asked != found:
-        raise ValueError(f"{name}={asked} was asked for, but the given vision_encoder has {found}; give it only once")
-
-
-def _read_backbone(path: Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
-    """Read what timm wrote for the hub: name, arguments, and how to load the weights."""
-    weights, config = path / "model.safetensors", path / "config.json"
-    missing = [file.name for file in (weights, config) if not file.exists()]
-    if missing:
-        raise OSError(
-            f"vision_encoder={str(path)!r} has no {' and no '.join(missing)}; a local copy of a backbone is written by "
-            "timm.models.save_for_hf(model, path, safe_serialization=True)"
-        )
-    content = json.loads(config.read_text())
-    overlay = content.get("pretrained_cfg", {}) | {"file": str(weights)}
-    model_args = {k: v for k, v in content.get("model_args", {}).items() if k not in ("num_classes", "in_chans")}
-    return content["architecture"], model_args, {"pretrained_cfg_overlay": overlay}
-
-
-def _describe(encoder: VisionEncoder, model_args: dict[str, Any] | None) -> FlamingoVisionConfig:
-    """Write down how timm makes this backbone again; nothing, if it would make another one."""
-    architecture = (getattr(encoder.backbone, "pretrained_cfg", None) or {}).get("architecture")
-    config = FlamingoVisionConfig(
-        architecture=architecture,
-        model_args=model_args,
-        image_size=list(encoder.image_size),
-        channels=encoder.channels,
-        output_dtype=None if encoder.output_dtype is None else dtype_name(encoder.output_dtype),
-    )
-    if architecture is not None:
-        if classes := getattr(encoder.backbone, "num_classes", 0):  # it has kept its classifier
-            config.model_args = {**(model_args or {}), "num_classes": classes}
-        try:
-            with torch.device("meta"):
-                again = make_vision_encoder(config)
-        except Exception:  # whatever timm says: it cannot make this one by name
-            again = None
-        if again is None or _shapes(again.backbone) != _shapes(encoder.backbone):
-            config.architecture = None
-    return config
-
-
-def _shapes(module: nn.Module) -> tuple[str, dict[str, torch.Size]]:
-    """Parameters tell widths and depths; the printed tree tells strides and activations."""
-    return repr(module), {name: tensor.shape for name, tensor in module.state_dict().items()}
-
-
 def _load_tokenizer(tokenizer: Any, found: str) -> PreTrainedTokenizerBase:
     if tokenizer is None and not found:
         raise ValueError(
@@ -470,7 +345,7 @@ def _load_tokenizer(tokenizer: Any, found: str) -> PreTrainedTokenizerBase:
         tokenizer = copy.deepcopy(tokenizer)
     elif tokenizer is None or isinstance(tokenizer, str | Path):
         path = found if tokenizer is None else tokenizer
-        with _loading("tokenizer", path):
+        with loading("tokenizer", path):
             tokenizer = AutoTokenizer.from_pretrained(path)
     else:
         raise ValueError(f"tokenizer must be an id, a path or a tokenizer, got {type(tokenizer).__name__}")
@@ -479,19 +354,3 @@ def _load_tokenizer(tokenizer: Any, found: str) -> PreTrainedTokenizerBase:
             raise ValueError("the tokenizer has neither a padding nor an end-of-text token; set tokenizer.pad_token")
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
-
-
-@contextmanager
-def _loading(argument: str, name: str | Path) -> Any:
-    """Say what to do where something cannot be loaded."""
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, ValueError | TypeError) and not isinstance(error, OSError):
-            raise
-        raise OSError(
-            f"{argument}={str(name)!r} could not be loaded. There is no directory of that name here, and the hub "
-            "has no such model or cannot be reached. Without network, give the path of a local copy (a directory "
-            "written by save_pretrained, or for a backbone by timm's save_for_hf), or the model itself. "
-            f"The reason was: {type(error).__name__}: {error}"
-        ) from error

@@ -48,6 +48,7 @@ class FlamingoVisionConfig(PreTrainedConfig):
         image_size: Height and width of the images. None: what the model was made for.
         channels: Of the images.
         output_dtype: Of the tokens that the encoder gives. None: the backbone's.
+        revision: Of its pretrained weights, whose name or path is `name_or_path`. None: they have none.
     """
 
     model_type = "flamingo_vision"
@@ -58,6 +59,7 @@ class FlamingoVisionConfig(PreTrainedConfig):
     image_size: int | list[int] | tuple[int, ...] | None = None
     channels: int = 3
     output_dtype: str | None = None
+    revision: str | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         _check_names(self, kwargs)
@@ -77,7 +79,8 @@ class FlamingoConfig(PreTrainedConfig):
     from `flamingo_blocks.presets`, for a model without pretrained backbones.
 
     Attributes:
-        text_config: The language model's own configuration.
+        text_config: The language model's own configuration. Its `name_or_path` is where the language model came from.
+        text_revision: Commit of that. None: it has none.
         vision_config: The vision encoder's.
         cross_attention_layers: Decoder layers that get a block before them. None: all (the paper's 3B model); see
             `flamingo_blocks.injection.select_layers`.
@@ -125,6 +128,7 @@ class FlamingoConfig(PreTrainedConfig):
     keys_to_ignore_at_inference: ClassVar = [*CACHE_NAMES, "media_cache"]
 
     text_config: PreTrainedConfig | dict[str, Any] | None = None
+    text_revision: str | None = None
     vision_config: PreTrainedConfig | dict[str, Any] | None = None
     cross_attention_layers: list[int] | None = None
     decoder_layers: str | None = None

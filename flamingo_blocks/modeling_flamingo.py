@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +20,17 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import SAFE_WEIGHTS_NAME
 
+from flamingo_blocks.adapter import (
+    RECORD,
+    load_language_model_of,
+    load_tensors,
+    load_vision_encoder_of,
+    read_adapter,
+    write_adapter,
+)
+from flamingo_blocks.backbones import check_is_causal_lm, dtype_name, make_vision_encoder
 from flamingo_blocks.blocks import (
     FeedForward,
     GatedCrossAttentionBlock,
@@ -576,6 +587,11 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         trained parts keep theirs; bring everything to one with `model.to(dtype)`. What was frozen is frozen again. A
         vision encoder that timm cannot make by name is passed as `vision_encoder=`; its weights are loaded into it.
         """
+        path = Path(str(args[0] if args else kwargs.get("pretrained_model_name_or_path")))
+        if (path / RECORD).is_file() and not (path / SAFE_WEIGHTS_NAME).exists():
+            raise ValueError(
+                f"{str(path)!r} holds an adapter, without the backbones; load it with {cls.__name__}.from_adapter"
+            )
         result = super().from_pretrained(*args, **kwargs)
         model = result[0] if isinstance(result, tuple) else result
         model._restore_buffers()
@@ -586,6 +602,65 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """Save the whole model, backbones included; arguments as in transformers."""
         self._note_dtypes()
         return super().save_pretrained(*args, **kwargs)
+
+    def save_adapter(self, save_directory: str | Path) -> None:
+        """Save what was trained, without the frozen backbones; `from_adapter` loads it.
+
+        Args:
+            save_directory: Made if it is not there. The processor goes there with its own `save_pretrained`.
+
+        Raises:
+            ValueError: If the trained parts are of several dtypes.
+        """
+        self._note_dtypes()
+        write_adapter(self, save_directory)
+
+    @classmethod
+    def from_adapter(
+        cls,
+        name_or_path: str | Path,
+        *,
+        language_model: str | Path | PreTrainedModel | None = None,
+        vision_encoder: str | Path | nn.Module | None = None,
+        dtype: torch.dtype | None = None,
+        **hub: Any,
+    ) -> "FlamingoForConditionalGeneration":
+        """Load what `save_adapter` wrote, and the backbones that it was trained beside.
+
+        A backbone that was trained itself is in the adapter, and comes from nowhere else.
+
+        Args:
+            name_or_path: The adapter's directory, or its id on the hub.
+            language_model: Its id or path, or the language model itself, which is not copied. None: the one that the
+                adapter names, at the same revision.
+            vision_encoder: The same for the vision encoder.
+            dtype: Of the backbones. None: as when the adapter was saved, or as the given ones are. The trained parts
+                keep theirs.
+            **hub: Where and how to find the adapter, as transformers takes it: `revision`, `token`, `cache_dir`, ...
+
+        Returns:
+            The model, in eval mode. What was frozen is frozen again.
+
+        Raises:
+            ValueError: If a file is damaged or a backbone is not the one that the adapter was trained beside; a given
+                language model is then as it was.
+            OSError: If the adapter or a backbone is not found.
+        """
+        adapter = read_adapter(name_or_path, **hub)
+        lm = load_language_model_of(adapter, language_model, dtype)
+        encoder = load_vision_encoder_of(adapter, vision_encoder, dtype)
+        before = {parameter: parameter.requires_grad for part in (lm, encoder) for parameter in part.parameters()}
+        model = cls(adapter.config, language_model=lm, vision_encoder=encoder)
+        try:
+            load_tensors(model, adapter.tensors, cast_backbones=dtype is not None)
+        except ValueError:
+            model.eject()
+            for parameter, requires_grad in before.items():
+                parameter.requires_grad_(requires_grad)
+            raise
+        model.generation_config = adapter.generation_config
+        nn.Module.eval(model)
+        return model
 
     def _note_dtypes(self) -> None:
         """Write down the dtypes of the parts; transformers knows of one for the whole model only."""
@@ -692,26 +767,6 @@ _OWN = ("pixel_values", "num_frames", "media_cache", "media_ranges", "document_i
 _NUM_ITEMS = "num_items_in_batch"
 
 
-def make_vision_encoder(vision: Any) -> VisionEncoder:
-    """Make the vision encoder that a `FlamingoVisionConfig` describes, with random weights.
-
-    Raises:
-        ValueError: If it names no architecture.
-    """
-    if vision.architecture is None:
-        raise ValueError(
-            "this Flamingo was built around a vision encoder that timm cannot make by name; make one yourself and pass "
-            "it as vision_encoder=VisionEncoder(backbone, image_size=...), also to from_pretrained"
-        )
-    return VisionEncoder.from_timm(
-        vision.architecture,
-        image_size=None if vision.image_size is None else (vision.image_size[0], vision.image_size[1]),
-        channels=vision.channels,
-        output_dtype=None if vision.output_dtype is None else getattr(torch, vision.output_dtype),
-        model_args=vision.model_args,
-    )
-
-
 def _make_resampler(config: FlamingoConfig, vision_dim: int) -> Any:
     dim = config.resampler_dim or vision_dim
     sizes: dict[str, Any] = {"dim": dim, "vision_dim": vision_dim, "max_frames": config.max_frames}
@@ -764,26 +819,8 @@ def _make_block(config: FlamingoConfig, dim: int, media_dim: int) -> GatedCrossA
     return block
 
 
-def check_is_causal_lm(lm: Any) -> None:
-    """Check that a language model is one that blocks can be put into.
-
-    Raises:
-        ValueError: If it is not a causal language model of transformers.
-    """
-    if not isinstance(lm, PreTrainedModel) or not lm.can_generate() or lm.get_output_embeddings() is None:
-        raise ValueError(
-            f"language_model must be a causal language model of transformers, with a head, got {type(lm).__name__}; "
-            "load it with AutoModelForCausalLM"
-        )
-
-
 def _dtype(name: str | None, lm: PreTrainedModel) -> torch.dtype:
     return lm.dtype if name is None else getattr(torch, name)
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """Name a dtype as a configuration does, e.g. `bfloat16`."""
-    return str(dtype).removeprefix("torch.")
 
 
 def _non_persistent_buffers(module: nn.Module) -> dict[str, Tensor]:

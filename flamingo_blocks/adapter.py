@@ -1,0 +1,339 @@
+"""Adapters: what a Flamingo has learnt, without the frozen backbones that it was trained beside.
+
+An adapter is a directory with `config.json`, `generation_config.json`, the trained tensors and a record of the
+backbones: where they came from, and a few numbers of each of their tensors, by which they are known again.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.utils import CONFIG_NAME
+from transformers.utils.hub import cached_file
+
+from flamingo_blocks.backbones import dtype_name, load_language_model, load_vision_encoder
+from flamingo_blocks.configuration_flamingo import FlamingoConfig, FlamingoVisionConfig
+from flamingo_blocks.vision import VisionEncoder
+
+WEIGHTS = "flamingo_adapter.safetensors"
+RECORD = "flamingo_adapter.json"
+FORMAT = 1
+BACKBONES = ("language_model", "vision_encoder")
+SAMPLES = 4
+SHOWN = 3
+
+
+@dataclass(frozen=True)
+class BackboneRecord:
+    """What is known of a backbone that an adapter was trained beside.
+
+    Attributes:
+        module: Name of its class.
+        name_or_path: Where it came from; empty if it was given as a model or made from a configuration.
+        revision: Its commit on the hub, if it came from there.
+        dtype: Of its first parameter.
+        tensors: For each frozen parameter or buffer, its dtype, shape and a few of its numbers, see `fingerprint`.
+    """
+
+    module: str
+    name_or_path: str
+    revision: str | None
+    dtype: str
+    tensors: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter as it was read, whole and undamaged.
+
+    Attributes:
+        config: Of the Flamingo.
+        generation_config: Of the Flamingo.
+        tensors: What was trained, by its name in the Flamingo.
+        backbones: Records of `"language_model"` and `"vision_encoder"`.
+    """
+
+    config: FlamingoConfig
+    generation_config: GenerationConfig
+    tensors: dict[str, Tensor]
+    backbones: dict[str, BackboneRecord]
+
+
+def trained_tensors(model: Any) -> dict[str, Tensor]:
+    """Collect what an adapter holds: all of the parts that are trained, and what else is trained or not frozen.
+
+    Args:
+        model: A Flamingo.
+
+    Returns:
+        Parameters and persistent buffers by name; tied ones once.
+    """
+    frozen = tuple(f"{part}." for part in BACKBONES if part in (model.config.freeze or ()))
+    return {
+        name: tensor for name, tensor in _tensors(model).items() if not name.startswith(frozen) or tensor.requires_grad
+    }
+
+
+def write_adapter(model: Any, directory: str | Path) -> None:
+    """Write an adapter.
+
+    Args:
+        model: A Flamingo.
+        directory: Made if it is not there. An earlier adapter in it is replaced.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = trained_tensors(model)
+    sources = {
+        "language_model": (model.config.text_config.name_or_path, model.config.text_revision),
+        "vision_encoder": (model.config.vision_config.name_or_path, model.config.vision_config.revision),
+    }
+    record: dict[str, Any] = {
+        "format": FORMAT,
+        "versions": {name: version(name) for name in ("flamingo-blocks", "torch", "transformers", "timm")},
+    }
+    for part, (name_or_path, revision) in sources.items():
+        backbone = getattr(model, part)
+        record[part] = {
+            "module": type(getattr(backbone, "backbone", backbone)).__name__,
+            "name_or_path": name_or_path or "",
+            "revision": revision,
+            "dtype": dtype_name(next(backbone.parameters()).dtype),
+            "tensors": fingerprint(backbone, without={name.removeprefix(f"{part}.") for name in tensors}),
+        }
+    model.config.save_pretrained(directory)
+    model.generation_config.save_pretrained(directory)
+    # Each file is there as a whole or not at all, also if writing is cut short.
+    unfinished = directory / f"{WEIGHTS}.unfinished"
+    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, unfinished, {"format": "pt"})
+    unfinished.replace(directory / WEIGHTS)
+    unfinished = directory / f"{RECORD}.unfinished"
+    unfinished.write_text(json.dumps(record, indent=2) + "\n")
+    unfinished.replace(directory / RECORD)
+
+
+def read_adapter(name_or_path: str | Path, **hub: Any) -> Adapter:
+    """Read an adapter.
+
+    Args:
+        name_or_path: A directory, or an id on the hub.
+        **hub: As transformers takes them: `revision`, `token`, `cache_dir`, ...
+
+    Raises:
+        OSError: If there is no adapter.
+        ValueError: If a file is damaged.
+    """
+    files = {name: cached_file(str(name_or_path), name, **hub) for name in (RECORD, WEIGHTS, CONFIG_NAME)}
+    record, weights = str(files[RECORD]), str(files[WEIGHTS])
+    if files[CONFIG_NAME] is None:  # the one file that transformers does not ask for by itself
+        raise OSError(f"{str(name_or_path)!r} has no {CONFIG_NAME}; copy the adapter again")
+    try:
+        content = json.loads(Path(record).read_text())
+        found = int(content["format"])
+        backbones = {part: BackboneRecord(**content[part]) for part in BACKBONES} if found == FORMAT else {}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{record} is damaged: {error!r}; copy the adapter again") from error
+    if found != FORMAT:
+        raise ValueError(f"{record} is of format {found}, this version reads {FORMAT}; install a newer flamingo-blocks")
+    try:
+        tensors = load_file(weights)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"{weights} is damaged: {error}; copy the adapter again") from error
+    return Adapter(
+        config=FlamingoConfig.from_pretrained(name_or_path, **hub),
+        generation_config=GenerationConfig.from_pretrained(name_or_path, **hub),
+        tensors=tensors,
+        backbones=backbones,
+    )
+
+
+def load_language_model_of(
+    adapter: Adapter, given: str | Path | PreTrainedModel | None, dtype: torch.dtype | None
+) -> Any:
+    """Load the language model that an adapter was trained beside, or see that the given one is that.
+
+    Args:
+        adapter: The adapter.
+        given: An id, a path or a language model. None: what the adapter names; one that was trained is made anew, for
+            its weights are in the adapter.
+        dtype: None: as when the adapter was saved, or as the given model.
+
+    Raises:
+        ValueError: If it is another one, or the adapter names none.
+        OSError: If it cannot be loaded.
+    """
+    record = adapter.backbones["language_model"]
+    source: Any = given
+    if given is None:
+        is_trained = "language_model" not in (adapter.config.freeze or ())
+        source = adapter.config.text_config if is_trained else _named(record, "language_model")
+    if not isinstance(given, nn.Module):
+        dtype = dtype or getattr(torch, record.dtype)
+    lm, _ = load_language_model(source, dtype=dtype, revision=record.revision if given is None else None)
+    _check_backbone(adapter, "language_model", lm)
+    return lm
+
+
+def load_vision_encoder_of(
+    adapter: Adapter, given: str | Path | nn.Module | None, dtype: torch.dtype | None
+) -> VisionEncoder:
+    """Load the vision encoder that an adapter was trained beside, or see that the given one is that.
+
+    Args:
+        adapter: The adapter.
+        given: A name, a path, or a model; otherwise as for `load_language_model_of`.
+        dtype: As for `load_language_model_of`.
+
+    Raises:
+        ValueError: If it is another one, or the adapter names none.
+        OSError: If it cannot be loaded.
+    """
+    record, config = adapter.backbones["vision_encoder"], cast(FlamingoVisionConfig, adapter.config.vision_config)
+    size = cast("list[int] | None", config.image_size)
+    source: Any = given
+    if given is None:
+        is_trained = "vision_encoder" not in (adapter.config.freeze or ())
+        source = config if is_trained else _named(record, "vision_encoder")
+    if not isinstance(given, nn.Module):
+        dtype = dtype or getattr(torch, record.dtype)
+    encoder, _ = load_vision_encoder(
+        source,
+        image_size=None if size is None else (size[0], size[1]),
+        channels=config.channels,
+        dtype=dtype,
+        revision=record.revision if given is None else None,
+    )
+    if not isinstance(given, VisionEncoder) and config.output_dtype is not None:
+        encoder.output_dtype = getattr(torch, config.output_dtype)
+    _check_backbone(adapter, "vision_encoder", encoder)
+    return encoder
+
+
+def _named(record: BackboneRecord, part: str) -> str:
+    if not record.name_or_path:
+        raise ValueError(
+            f"this adapter does not say where its {part} is, a {record.module} that was given as a model; pass "
+            f"{part}=, an id, a path or the model"
+        )
+    return record.name_or_path
+
+
+def _check_backbone(adapter: Adapter, part: str, backbone: nn.Module) -> None:
+    """Check that a backbone is the adapter's. Its dtype may be another one, and parts of it may be quantised."""
+    record = adapter.backbones[part]
+    module = type(getattr(backbone, "backbone", backbone)).__name__
+    differences = [f"it is a {module}, not a {record.module}"] if module != record.module else []
+    if not differences:
+        found = fingerprint(backbone, without={name.removeprefix(f"{part}.") for name in adapter.tensors})
+        differences = list(_differences(found, record.tensors, dict(backbone.named_parameters())))
+    if differences:
+        source = repr(record.name_or_path) if record.name_or_path else "a model without a name"
+        source += f" at revision {record.revision}" if record.revision else ""
+        raise ValueError(
+            f"{part} is not the one that this adapter was trained beside, {source}: {_first(differences)}. Load that "
+            "one; to try the adapter beside another one, build a Flamingo around it, and give the tensors of "
+            f"{WEIGHTS} to load_state_dict(strict=False)"
+        )
+
+
+def fingerprint(backbone: nn.Module, *, without: set[str] | frozenset[str] = frozenset()) -> dict[str, str]:
+    """Describe each tensor of a backbone by its dtype, its shape and a few of its numbers, from all over it.
+
+    Numbers of quantised tensors are left out, as are those that are not there (on the meta device, or offloaded).
+
+    Args:
+        backbone: A module.
+        without: Names of tensors that do not count.
+    """
+    return {name: _describe(tensor) for name, tensor in _tensors(backbone).items() if name not in without}
+
+
+def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], *, cast_backbones: bool) -> None:
+    """Load the tensors of an adapter, all of them or none.
+
+    Args:
+        model: A Flamingo around the backbones that the adapter was trained beside.
+        tensors: Those of the adapter.
+        cast_backbones: Whether trained tensors of the backbones may be of another dtype than the backbones.
+
+    Raises:
+        ValueError: If a tensor is missing, there is one too many, or one has another shape or dtype than it should. The
+            model is then as it was.
+    """
+    own, expected = _tensors(model), trained_tensors(model)
+    wrong = [f"{name} is missing" for name in expected if name not in tensors]
+    for name, tensor in tensors.items():
+        # Of a frozen backbone, single tensors may have been trained.
+        target = own.get(name)
+        if target is None:
+            wrong.append(f"{name} belongs to nothing in the model")
+        elif target.shape != tensor.shape:
+            wrong.append(f"{name} has shape {tuple(tensor.shape)}, should have {tuple(target.shape)}")
+        elif target.dtype != tensor.dtype and not (cast_backbones and name.startswith(BACKBONES)):
+            wrong.append(f"{name} is {dtype_name(tensor.dtype)}, should be {dtype_name(target.dtype)}")
+    if wrong:
+        raise ValueError(f"{WEIGHTS} does not fit config.json: {_first(wrong)}; copy the adapter again")
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            own[name].copy_(tensor)
+            if isinstance(own[name], nn.Parameter):
+                own[name].requires_grad_()
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers, each once."""
+    persistent = module.state_dict().keys()
+    buffers = {name: buffer for name, buffer in module.named_buffers() if name in persistent}
+    return {**dict(module.named_parameters()), **buffers}
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor holds its own numbers: quantised ones are of a subclass, or of integers."""
+    inner = tensor.data if isinstance(tensor, nn.Parameter) else tensor
+    return type(inner) is Tensor and inner.is_floating_point() and not inner.is_meta
+
+
+def _describe(tensor: Tensor) -> str:
+    if not _is_plain(tensor):
+        return ""
+    shape = "x".join(map(str, tensor.shape))
+    places = torch.linspace(0, max(0, tensor.numel() - 1), min(SAMPLES, tensor.numel()), dtype=torch.float64).long()
+    numbers = tensor.detach().flatten()[places.to(tensor.device)].double().tolist()
+    return " ".join([dtype_name(tensor.dtype), shape, *(f"{number:.9g}" for number in numbers)])
+
+
+def _differences(found: Mapping[str, str], record: Mapping[str, str], parameters: Mapping[str, Any]) -> Iterator[str]:
+    for name, text in record.items():
+        if name not in found:
+            yield f"it has no {name}"
+            continue
+        if not text or not found[name]:  # quantised, then or now
+            continue
+        dtype, shape, *numbers = text.split(" ")
+        dtype_found, shape_found, *numbers_found = found[name].split(" ")
+        if shape != shape_found:
+            yield f"{name} has shape {shape_found}, not {shape}"
+        elif dtype == dtype_found:
+            if numbers != numbers_found:
+                yield f"{name} holds other numbers"
+        elif not all(map(_is_close, map(float, numbers), map(float, numbers_found))):
+            yield f"{name} holds other numbers"
+    yield from (f"it has {name}, which that one had not" for name in found if name not in record and name in parameters)
+
+
+def _is_close(one: float, other: float) -> bool:
+    """Whether two numbers may be one, rounded to half precision in different ways."""
+    return abs(one - other) <= 2**-8 * abs(one) + 1e-6
+
+
+def _first(differences: list[str]) -> str:
+    more = len(differences) - SHOWN
+    return "; ".join(differences[:SHOWN]) + (f"; and {more} more" if more > 0 else "")
