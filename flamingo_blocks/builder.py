@@ -1,6 +1,7 @@
 """build_flamingo: a Flamingo from any decoder of transformers and any backbone of timm."""
 
 import copy
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -26,6 +27,7 @@ from flamingo_blocks.modeling_flamingo import FlamingoForConditionalGeneration
 from flamingo_blocks.processing_flamingo import FlamingoImageProcessor, FlamingoProcessor, special_token_id
 from flamingo_blocks.residual_stream import LAYOUTS
 
+_log = logging.getLogger(__name__)
 Part = Literal["language_model", "vision_encoder"]
 
 
@@ -278,15 +280,22 @@ def choose_decoding(model: FlamingoForConditionalGeneration) -> None:
     """
     if any(parameter.is_meta for parameter in model.parameters()):
         return
+    reasons: list[str] = []
     for model.config.decoding in ("cached", "uncached"):
         for model.config.decoding_position_ids in (True, False):
-            if _decodes_as_forward(model):
+            reason = _differs_from_forward(model)
+            if not reason:
+                if model.config.decoding == "uncached":
+                    _log.warning(f"{type(model.language_model).__name__} generates without its cache: {reasons[0]}")
                 return
+            reasons.append(reason)
     model.config.decoding = "none"
+    _log.warning(f"{type(model.language_model).__name__} cannot generate: {reasons[0]}")
 
 
 @torch.no_grad()
-def _decodes_as_forward(model: FlamingoForConditionalGeneration) -> bool:
+def _differs_from_forward(model: FlamingoForConditionalGeneration) -> str:
+    """Say why generating is not what forward says, if so."""
     lm = model.language_model
     special = (model.config.image_token_id, model.config.end_of_chunk_token_id)
     first = ordinary_token(lm, besides=special)
@@ -303,10 +312,13 @@ def _decodes_as_forward(model: FlamingoForConditionalGeneration) -> bool:
         )
         logits = torch.stack(found.logits, dim=1).float()
         expected = model(found.sequences[:, :-1], use_cache=False).logits[:, input_ids.shape[1] - 1 :].float()
-    except Exception:  # whatever it says: this is no way to generate
-        return False
+    except Exception as error:  # whatever it says: this is no way to generate
+        return f"{type(error).__name__}: {error}"
     tolerance = 1e-2 if lm.dtype == torch.float32 else 0.5  # half precision, and experts chosen by it
-    return bool((logits - expected).abs().max() <= tolerance * expected.std())
+    difference = float((logits - expected).abs().max() / expected.std())
+    if difference <= tolerance:
+        return ""
+    return f"its logits differ from those of its forward by up to {difference:.2g} of their standard deviation"
 
 
 def _is_in_order(called: Sequence[int], indices: Sequence[int]) -> bool:

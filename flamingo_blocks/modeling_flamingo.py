@@ -753,12 +753,19 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
             f"blocks before {len(self.injector.layer_indices)} of {len(layers)} decoder layers ({name}): {indices}",
             f"a token sees: {self.config.attend}; gating: {self.config.gating}; "
             f"images: {height}x{width} to {patches} patches of {self.vision_encoder.vision_dim} features",
+            f"text is generated {_DECODING[self.config.decoding]}",
         ]
         return "\n".join(lines)
 
 
 # What of the language model's output is passed on. Everything else would not survive the copies that FSDP and DDP make.
 _PASSED_ON = {field.name for field in fields(FlamingoCausalLMOutput)} - {"loss", "logits", "media_cache"}
+# How summary() says it.
+_DECODING = {
+    "cached": "with the language model's cache",
+    "uncached": "without a cache, since the language model's own gives other logits",
+    "none": "not at all, since the language model generates by other logits than its forward's",
+}
 # What a language model may not know, and can do without: it has no positions, or gives all logits.
 _OPTIONAL = ("position_ids", "logits_to_keep", "use_cache")
 # What only this model knows: never meant for the language model.

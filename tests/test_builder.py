@@ -335,7 +335,7 @@ def test_a_language_model_that_learns_from_some_of_its_loops_only_is_refused() -
         build(lm, layers=[1])
 
 
-def test_a_cache_that_gives_other_logits_is_not_used(tmp_path: Path) -> None:
+def test_a_cache_that_gives_other_logits_is_not_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     lm = make_lm("llama")
     model, _ = build(lm)
     assert model.config.decoding == "cached"
@@ -348,8 +348,15 @@ def test_a_cache_that_gives_other_logits_is_not_used(tmp_path: Path) -> None:
         return original(*args, **kwargs)
 
     lm.model.forward = forget
+    assert "text is generated with the language model's cache" in model.summary()
+    assert not caplog.messages
     model, _ = build(lm)
     assert model.config.decoding == "uncached"
+    assert "text is generated without a cache" in model.summary()
+    (message,) = [record.message for record in caplog.records if record.name == "flamingo_blocks.builder"]
+    assert message.startswith(
+        "LlamaForCausalLM generates without its cache: its logits differ from those of its forward"
+    )
     prompt = Prompt.make(model)
     ids = model.generate(**prompt.inputs, max_new_tokens=3, do_sample=False, min_new_tokens=3)
     logits = model(ids, prompt.pixel_values, prompt.num_frames).logits[:, prompt.input_ids.shape[1] - 1 : -1]
