@@ -272,15 +272,13 @@ class LMLayerInjector(nn.Module):
                 hidden_states = block(hidden_states, media, scope.runs)
             return hidden_states.view(shape)
 
-        if self.stream == "batch text dim":
-            return update(hidden_states)
         return update_stream(
             update,
             hidden_states,
             self.stream,
             batch=rows * scope.rows_per_media,
             text=positions // scope.rows_per_media,
-            dim=block.dim,
+            dim=getattr(block, "dim", 0),  # a plain stream needs none
         )
 
 
