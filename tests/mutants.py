@@ -51,6 +51,7 @@ CONFIGURATION = "flamingo_blocks/configuration_flamingo.py"
 MODELING = "flamingo_blocks/modeling_flamingo.py"
 PROCESSING = "flamingo_blocks/processing_flamingo.py"
 BUILDER = "flamingo_blocks/builder.py"
+ADAPTER = "flamingo_blocks/adapter.py"
 PRESETS = "flamingo_blocks/presets.py"
 
 MUTANTS = [
@@ -659,6 +660,62 @@ MUTANTS = [
         "tests/test_modeling_flamingo.py::test_save_and_load_give_the_same_bits_and_the_same_frozen_set",
     ),
     Mutant(
+        "an adapter holds all that was trained",
+        "parameters of a frozen backbone that were trained are left out",
+        ADAPTER,
+        "if not name.startswith(frozen) or tensor.requires_grad",
+        "if not name.startswith(frozen)",
+        "tests/test_adapter.py::test_single_parameters_of_a_frozen_backbone_may_have_been_trained",
+    ),
+    Mutant(
+        "an adapter knows its backbones again",
+        "their numbers do not count",
+        ADAPTER,
+        "if numbers != numbers_found:",
+        "if False:",
+        "tests/test_adapter.py::test_other_backbones_are_refused_and_left_alone",
+    ),
+    Mutant(
+        "an adapter knows its backbones again",
+        "numbers of another dtype may be off by a sixteenth",
+        ADAPTER,
+        "2**-8",
+        "2**-4",
+        "tests/test_adapter.py::test_other_backbones_are_refused_and_left_alone",
+    ),
+    Mutant(
+        "an adapter knows its backbones again, in any dtype",
+        "numbers of another dtype must be the same",
+        ADAPTER,
+        "elif dtype == dtype_found:",
+        "elif True:",
+        "tests/test_adapter.py::test_backbones_may_be_of_another_dtype",
+    ),
+    Mutant(
+        "an adapter remembers revisions",
+        "the newest language model is loaded",
+        ADAPTER,
+        "lm, _ = load_language_model(source, dtype=dtype, revision=record.revision if given is None else None)",
+        "lm, _ = load_language_model(source, dtype=dtype)",
+        "tests/test_adapter.py::test_ids_and_revisions_are_remembered",
+    ),
+    Mutant(
+        "damaged adapters are refused",
+        "a missing tensor is not noticed",
+        ADAPTER,
+        "for name in expected if name not in tensors]",
+        "for name in expected if name in ()]",
+        "tests/test_adapter.py::test_damaged_files_are_refused_and_leave_the_backbones_alone",
+    ),
+    Mutant(
+        "damaged adapters leave the backbones alone",
+        "the blocks stay in the language model",
+        MODELING,
+        "            model.eject()\n",
+        "",
+        "tests/test_adapter.py::test_damaged_files_are_refused_and_leave_the_backbones_alone",
+    ),
+    Mutant(
         "a conversation with caches = the prompt in one piece",
         "earlier media are forgotten",
         MEDIA_CACHE,
@@ -726,7 +783,7 @@ MUTANTS = [
         "scores count new tokens",
         "the vocabulary is the language model's",
         CONFIGURATION,
-        "if text_config is self or not self.new_token_ids:",
+        "if not self.new_token_ids:",
         "if True:",
         "tests/test_modeling_flamingo.py::test_scores_of_what_was_generated_count_new_tokens_too",
     ),

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.mutants import MUTANTS
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -97,3 +99,8 @@ def test_every_test_that_a_page_names_exists(page: str) -> None:
 def test_every_link_to_a_file_leads_there(page: str) -> None:
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", (ROOT / page).read_text()):
         assert (ROOT / target).exists(), target
+
+
+def test_deliberate_bugs_stand_where_the_code_is_now() -> None:
+    for mutant in MUTANTS:
+        assert (ROOT / mutant.path).read_text().count(mutant.old) == 1, f"{mutant.bug}: {mutant.old}"
