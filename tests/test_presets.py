@@ -1,5 +1,6 @@
 import runpy
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,12 @@ from flamingo_blocks import (
 )
 
 
+@cache
+def build(preset: Callable[[], FlamingoConfig]) -> FlamingoForConditionalGeneration:
+    with torch.device("meta"):
+        return FlamingoForConditionalGeneration(preset())
+
+
 @pytest.mark.parametrize(
     ("preset", "layers", "width", "heads", "blocks", "every"),
     [(flamingo_3b, 24, 2048, 16, 24, 1), (flamingo_9b, 40, 4096, 32, 10, 4), (flamingo_80b, 80, 8192, 64, 12, 7)],
@@ -22,8 +29,7 @@ from flamingo_blocks import (
 def test_shapes_are_the_papers(
     preset: Callable[[], FlamingoConfig], layers: int, width: int, heads: int, blocks: int, every: int
 ) -> None:
-    with torch.device("meta"):
-        model = FlamingoForConditionalGeneration(preset())
+    model: Any = build(preset)
     text = model.language_model.config
     assert (text.num_hidden_layers, text.hidden_size, text.num_attention_heads) == (layers, width, heads)
     assert model.injector.layer_indices == tuple(range(0, layers, every))
@@ -47,4 +53,4 @@ def test_shapes_are_the_papers(
 def test_the_table_in_the_docs_is_what_the_shapes_give() -> None:
     script = Path(__file__).parents[1] / "docs" / "figures" / "preset_sizes.py"
     written = script.parents[1] / "assets" / "preset_sizes.md"
-    assert runpy.run_path(str(script))["table"]() == written.read_text()
+    assert runpy.run_path(str(script))["table"](build) == written.read_text()

@@ -3,14 +3,14 @@
 python docs/figures/preset_sizes.py
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from flamingo_blocks import FlamingoForConditionalGeneration, flamingo_3b, flamingo_9b, flamingo_80b
+from flamingo_blocks import FlamingoConfig, FlamingoForConditionalGeneration, flamingo_3b, flamingo_9b, flamingo_80b
 
 OUT = Path(__file__).parents[1] / "assets" / "preset_sizes.md"
 # Alayrac et al. 2022, table 5 and appendix B.1: vision encoder, resampler, gated blocks, language model, all.
@@ -31,13 +31,18 @@ def show(number: int) -> str:
     return f"{number / 1e9:.2f}B" if number >= 1e9 else f"{number / 1e6:.0f}M"
 
 
-def table() -> str:
-    """Build the presets on the meta device and tabulate them."""
+def build(preset: Callable[[], FlamingoConfig]) -> FlamingoForConditionalGeneration:
+    """Build a preset on the meta device."""
+    with torch.device("meta"):
+        return FlamingoForConditionalGeneration(preset())
+
+
+def table(build: Callable[[Callable[[], FlamingoConfig]], Any] = build) -> str:
+    """Build the presets and tabulate them."""
     parts = ("vision encoder", "resampler", "gated blocks", "language model", "all")
     lines = [f"| | {' | '.join(parts)} |", "|---" * (len(parts) + 1) + "|"]
     for name, (preset, *papers) in PAPER.items():
-        with torch.device("meta"):
-            model: Any = FlamingoForConditionalGeneration(preset())
+        model = build(preset)
         ours = [model.vision_encoder, model.resampler, model.injector, model.language_model, model]
         cells = (f"{show(count([part]))} ({paper})" for part, paper in zip(ours, papers, strict=True))
         lines.append(f"| {name} | {' | '.join(cells)} |")
