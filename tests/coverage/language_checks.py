@@ -310,6 +310,27 @@ def copies(architecture: str) -> None:
 
 
 @torch.no_grad()
+def saved(architecture: str) -> None:
+    """What is saved whole, or as an adapter beside the base LM, is loaded bit for bit, and frozen again."""
+    model = make_flamingo(architecture, gate=1.0)
+    inputs = Inputs()
+    expected = outputs(model, inputs)
+    frozen = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    with tempfile.TemporaryDirectory() as path:
+        model.save_pretrained(path)
+        model.save_adapter(f"{path}/adapter")
+        whole = FlamingoForConditionalGeneration.from_pretrained(path)
+        adapter = FlamingoForConditionalGeneration.from_adapter(
+            f"{path}/adapter",
+            language_model=make_lm(architecture),
+            vision_encoder=copy.deepcopy(model.vision_encoder),
+        )
+    for name, loaded in (("checkpoint", whole), ("adapter", adapter)):
+        require({n: p.requires_grad for n, p in loaded.named_parameters()} == frozen, f"{name}: another frozen set")
+        require(same(outputs(loaded, inputs), expected), f"{name}: other outputs")
+
+
+@torch.no_grad()
 def new_tokens(architecture: str) -> None:
     """New `<image>` and `<EOC>` leave the logits of old tokens as they were, bit for bit; a cached step knows them."""
     model = make_flamingo(architecture, new_tokens=True)
@@ -339,6 +360,7 @@ LAWS: dict[str, tuple[str, Callable[[str], str | None]]] = {
     ),
     "untouched": ("the base LM's keys stay, it can be saved while injected, and eject restores it", untouched),
     "copies": ("deepcopy and pickle", copies),
+    "saved": ("a saved checkpoint and an adapter are loaded bit for bit, and frozen again", saved),
     "new tokens": ("new `<image>` and `<EOC>` leave the logits of old tokens as they were, bit for bit", new_tokens),
 }
 
