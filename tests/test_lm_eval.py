@@ -153,11 +153,20 @@ def test_other_images_give_other_answers(llama: Path, tmp_path: Path) -> None:
     assert evaluate(llama, tmp_path) == expected
 
 
-def test_answers_end_where_the_task_says(llama: Path, tmp_path: Path) -> None:
+def test_answers_end_where_the_task_says(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = by_hand(*load(llama), documents())
-    stop = whole[0].split()[-1]
+    stop = whole[0].split()[0]
     write_task(tmp_path, documents(), generation_kwargs={"until": [stop], "max_gen_toks": TOKENS})
-    assert evaluate(llama, tmp_path) == [answer.split(stop)[0] for answer in whole]
+    generate, lengths = FlamingoForConditionalGeneration.generate, []
+
+    def count(self: Any, *args: Any, **kwargs: Any) -> Any:
+        ids = generate(self, *args, **kwargs)
+        lengths.append(ids.shape[1] - kwargs["input_ids"].shape[1])
+        return ids
+
+    monkeypatch.setattr(FlamingoForConditionalGeneration, "generate", count)
+    assert evaluate(llama, tmp_path, batch_size=1) == [answer.split(stop)[0] for answer in whole]
+    assert 1 in lengths, "it is not generated further, to be cut off"
 
 
 @pytest.mark.parametrize("max_images", [0, 1])
@@ -173,6 +182,8 @@ def test_images_that_lost_their_tokens_are_an_error(llama: Path, tmp_path: Path)
         evaluate(llama, tmp_path, model_args={"max_length": TOKENS + 3})
 
 
+# Older jaxtyping hides the names of the processor's arguments from transformers, so that it loads the defaults.
+@pytest.mark.unchecked
 def test_a_task_writes_image_whatever_the_token_is(tmp_path: Path) -> None:
     vision = FlamingoVisionConfig(**VISION["vit"])
     model, processor = build_flamingo(
@@ -183,6 +194,7 @@ def test_a_task_writes_image_whatever_the_token_is(tmp_path: Path) -> None:
     assert evaluate(checkpoint, tmp_path) == by_hand(*load(checkpoint), documents())
 
 
+@pytest.mark.unchecked  # for the same reason
 def test_chat_templates_are_applied(tmp_path: Path) -> None:
     model, processor = make_flamingo("llama")
     processor.chat_template = CHAT_TEMPLATE
