@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 PYTHON := python3 python3.11 python3.12 python3.13 python3.14 python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-seeds test test-slow test-long test-lowest coverage mutants check format docs docs-serve clean
+.PHONY: help demo demo-seeds test test-slow test-long test-lower coverage mutants check format docs docs-serve clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -21,14 +21,15 @@ test: $(READY) ## Run the tests, then those that must run without run-time shape
 	@$(BIN)/python -m pytest
 	@$(BIN)/python -m pytest -o addopts="" -m "unchecked and not slow" tests
 
-test-slow: $(READY) ## Run the tests that take longer, a few minutes
-	@$(BIN)/python -m pytest -m slow
+test-slow: $(READY) ## Run the tests that take long, or need a tool of their own: lm-eval
+	@$(BIN)/python -m pytest -m "slow and not unchecked" tests
+	@$(BIN)/python -m pytest -o addopts="" -m "slow and unchecked" tests
 
 test-long: $(READY) ## Run the tests with 2,000 examples a law instead of 50, and each language model with each backbone
 	@HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest tests
 
-test-lowest: ## Run the tests with the oldest supported versions, in an environment of its own
-	@$(MAKE) --no-print-directory test VENV=.venv-lowest CONSTRAINTS="-c tests/lowest.txt"
+test-lower: ## Run the tests, the slow ones too, with the oldest supported versions, in an environment of its own
+	@$(MAKE) --no-print-directory test test-slow VENV=.venv-lower CONSTRAINTS="-c tests/lower.txt"
 
 coverage: $(READY) ## Try every language model and every backbone, up to an hour, can be stopped; writes docs/coverage
 	@$(BIN)/python -m tests.coverage.language_models
@@ -53,7 +54,7 @@ docs-serve: $(READY) ## Serve the documentation site while you edit it
 	@$(BIN)/mkdocs serve
 
 clean: ## Remove what the other targets made, the environments too
-	rm -rf .venv .venv-lowest .hypothesis .mypy_cache .pytest_cache .ruff_cache dist runs site
+	rm -rf .venv .venv-lower .hypothesis .mypy_cache .pytest_cache .ruff_cache dist runs site
 
 # The environment's own pip is not needed, so that neither Debian's python3-venv is.
 $(READY): pyproject.toml

@@ -454,6 +454,7 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
         Media are encoded once, before the first token, and their keys and values are kept. Text ends at the language
         model's own end of text or at the end of a chunk; `<image>` is not generated. `generation_config` holds both.
+        Where `config.decoding` is `"uncached"`, the language model's cache is not used, whatever `use_cache` says.
 
         To go on with a conversation, pass `cache` and `media_cache` to the first call, and to the next ones together
         with the whole text and the new media only.
@@ -490,7 +491,7 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 "forward can be used here"
             )
         if self.config.decoding == "uncached":
-            kwargs.setdefault("use_cache", False)
+            kwargs["use_cache"] = False  # whatever is asked for: some tools always ask for the cache
         media_cache = MediaCache() if media_cache is None else media_cache
         if (cache := _pop_cache(kwargs)) is not None:
             kwargs[self._cache_name] = cache
@@ -568,12 +569,22 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         head: nn.Module = self.language_model.get_output_embeddings()
         return head
 
-    def resize_token_embeddings(self, *_: Any, **__: Any) -> Any:
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *_: Any, **__: Any) -> Any:
         """Not here: new tokens have tables of their own.
 
+        Args:
+            new_num_tokens: May be the number of tokens that there are, as scripts ask for `len(tokenizer)` in any case.
+            *_: Of no use.
+            **__: Of no use.
+
+        Returns:
+            The language model's input embeddings, without the new tokens.
+
         Raises:
-            ValueError: Always.
+            ValueError: If there are fewer or more tokens.
         """
+        if new_num_tokens in (None, self.config.get_text_config().vocab_size):
+            return self.get_input_embeddings()
         raise ValueError(
             "the language model's tables are never resized, since that changes its own logits; new tokens have their "
             "own small tables, see FlamingoConfig.new_token_ids"

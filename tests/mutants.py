@@ -932,7 +932,8 @@ They mirror the package. `strategies.py` says what hypothesis draws, `reference.
 library is compared with, `tiny_language_models.py` and `tiny_flamingo.py` the models.
 
 `make test` runs pytest twice: with run-time checks of all annotated shapes, then, without them, the tests with the
-marker `unchecked`: torch.compile, and our own errors about shapes. `make test-long` draws 2,000 examples a law.
+marker `unchecked`: torch.compile, and our own errors about shapes. `make test-long` draws 2,000 examples a law;
+`make test-slow` runs what takes long or needs a tool of its own.
 
 ## Each law can fail
 

@@ -14,12 +14,19 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     BertLMHeadModel,
+    DynamicCache,
     GPT2Config,
     LlamaConfig,
     LlamaModel,
 )
 
-from flamingo_blocks import FlamingoForConditionalGeneration, FlamingoProcessor, VisionEncoder, build_flamingo
+from flamingo_blocks import (
+    FlamingoForConditionalGeneration,
+    FlamingoProcessor,
+    MediaCache,
+    VisionEncoder,
+    build_flamingo,
+)
 from flamingo_blocks.configuration_flamingo import FlamingoVisionConfig
 from tests.coverage.tiny_configs import make_lm as make_any_lm
 from tests.tiny_flamingo import SIZES, VISION, Prompt, make_flamingo, make_tokenizer
@@ -362,8 +369,12 @@ def test_a_cache_that_gives_other_logits_is_not_used(tmp_path: Path, caplog: pyt
     logits = model(ids, prompt.pixel_values, prompt.num_frames).logits[:, prompt.input_ids.shape[1] - 1 : -1]
     allowed = logits.index_fill(-1, torch.tensor([1, VOCAB, VOCAB + 1]), -torch.inf)
     assert torch.equal(allowed.argmax(-1), ids[:, -3:])
+    # Tools such as lm-eval ask for the cache in any case.
+    assert torch.equal(
+        ids, model.generate(**prompt.inputs, max_new_tokens=3, do_sample=False, min_new_tokens=3, use_cache=True)
+    )
     with pytest.raises(ValueError, match="LlamaForCausalLM gives other logits with its cache than for the whole text"):
-        model.generate(**prompt.inputs, use_cache=True)
+        model.generate(**prompt.inputs, past_key_values=DynamicCache(), media_cache=MediaCache())
     with pytest.raises(ValueError, match="pass use_cache=False and the whole text"):
         model(**prompt.inputs, use_cache=True)
     lm.model.forward = original

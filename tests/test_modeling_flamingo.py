@@ -805,6 +805,10 @@ def test_missing_text_and_other_misuse_is_refused() -> None:
         model()
     with pytest.raises(ValueError, match="the language model's tables are never resized"):
         model.resize_token_embeddings(200)
+    embeddings: Any = model.get_input_embeddings()
+    for same in (None, VOCAB + 2):  # with the new tokens, as many as the tokenizer has
+        assert model.resize_token_embeddings(same) is embeddings
+    assert embeddings.weight.shape == (VOCAB, 32)
     with pytest.raises(ValueError, match="give either pixel_values or vision_features"):
         model.encode_media()
 
