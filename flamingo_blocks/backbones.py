@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub import try_to_load_from_cache
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -44,7 +45,7 @@ def load_language_model(
     auto_model: Any = AutoModelForCausalLM
     commit = None
     if isinstance(language_model, PreTrainedConfig):
-        lm = auto_model.from_config(language_model, dtype=dtype or language_model.dtype or torch.float32)
+        lm = make_language_model(language_model, dtype=dtype or language_model.dtype or torch.float32)
     elif isinstance(language_model, str | Path):
         with loading("language_model", language_model):
             lm = auto_model.from_pretrained(language_model, dtype=dtype or "auto", revision=revision or "main")
@@ -58,6 +59,27 @@ def load_language_model(
         )
     check_is_causal_lm(lm)
     return lm.eval(), commit
+
+
+def make_language_model(config: Any, **options: Any) -> Any:
+    """Make a language model from its configuration, with random weights.
+
+    Args:
+        config: Where `AutoModelForCausalLM` knows no class for it, as for the language models inside of others, its
+            `architectures` name one.
+        **options: As `AutoModelForCausalLM.from_config` takes them.
+
+    Raises:
+        ValueError: If there is no such class.
+    """
+    auto_model: Any = AutoModelForCausalLM
+    try:
+        return auto_model.from_config(config, **options)
+    except ValueError:
+        named: Any = getattr(transformers, (config.architectures or [""])[0], None)
+        if getattr(named, "config_class", None) is not type(config):
+            raise
+        return named._from_config(config, **options)
 
 
 def check_is_causal_lm(lm: Any) -> None:

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, GenerationMixin, PreTrainedModel
+from transformers import AutoModelForImageTextToText, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import SAFE_WEIGHTS_NAME
@@ -30,7 +30,7 @@ from flamingo_blocks.adapter import (
     read_adapter,
     write_adapter,
 )
-from flamingo_blocks.backbones import check_is_causal_lm, dtype_name, make_vision_encoder
+from flamingo_blocks.backbones import check_is_causal_lm, dtype_name, make_language_model, make_vision_encoder
 from flamingo_blocks.blocks import (
     FeedForward,
     GatedCrossAttentionBlock,
@@ -122,6 +122,8 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if language_model is not None:
             config = copy.deepcopy(config)  # it may be used again, around another language model
             config.text_config = language_model.config
+            # Some classes are not the ones that transformers makes of their configuration.
+            language_model.config.architectures = [type(language_model).__name__]
         super().__init__(config)
         # Under from_pretrained, modules are made without data, and all non-persistent buffers are lost.
         is_meta = torch.get_default_device().type == "meta"
@@ -131,8 +133,7 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 "blocks into another language model, build a Flamingo around that one and load their state_dict"
             )
         self._lost_buffers = _non_persistent_buffers(vision_encoder.backbone) if is_meta and vision_encoder else {}
-        auto_model: Any = AutoModelForCausalLM
-        lm = auto_model.from_config(config.text_config) if language_model is None else language_model
+        lm: Any = make_language_model(config.text_config) if language_model is None else language_model
         check_is_causal_lm(lm)
         self.language_model: Any = lm
         self.vision_encoder = make_vision_encoder(config.vision_config) if vision_encoder is None else vision_encoder
@@ -694,6 +695,14 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         else:
             for parameter in module.parameters(recurse=False):
                 init.normal_(parameter, std=0.02)
+
+    def is_custom_code(self) -> bool:  # type: ignore[override]
+        """Whether the language model is none of transformers' own.
+
+        In custom code, transformers spares modules without parameters, also those that fill buffers which no file
+        holds. This model's own initialisation leaves alone what was loaded.
+        """
+        return bool(self.language_model.is_custom_code())
 
     def _restore_buffers(self) -> None:
         """Give the backbone its non-persistent buffers, e.g. tables of positions, which no checkpoint holds."""

@@ -660,6 +660,14 @@ MUTANTS = [
         "tests/test_modeling_flamingo.py::test_save_and_load_give_the_same_bits_and_the_same_frozen_set",
     ),
     Mutant(
+        "save and load give the same bits",
+        "buffers of modules without parameters are left as they come",
+        MODELING,
+        "return bool(self.language_model.is_custom_code())",
+        "return True",
+        "tests/test_saving.py::test_language_models_with_ways_of_their_own_round_trip",
+    ),
+    Mutant(
         "an adapter holds all that was trained",
         "parameters of a frozen backbone that were trained are left out",
         ADAPTER,

@@ -20,6 +20,7 @@ from transformers import (
 from flamingo_blocks import FlamingoConfig, FlamingoForConditionalGeneration, FlamingoProcessor, build_flamingo
 from flamingo_blocks.configuration_flamingo import FlamingoVisionConfig
 from flamingo_blocks.processing_flamingo import FlamingoImageProcessor
+from tests.coverage.language_checks import saved
 from tests.tiny_flamingo import SIZES, VISION, Prompt, make_flamingo, make_tokenizer
 from tests.tiny_language_models import CONFIGS, VOCAB, make_lm
 
@@ -84,6 +85,17 @@ def test_heads_are_tied_after_loading_if_they_were_before(
     loaded = FlamingoForConditionalGeneration.from_pretrained(tmp_path)
     assert is_tied(loaded) == tied
     assert_same_bits(loaded, model)
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        "FalconH1ForCausalLM",  # has buffers that no file holds, and that a module without parameters fills
+        "Emu3ForCausalLM",  # is not the class that AutoModelForCausalLM makes of its configuration
+    ],
+)
+def test_language_models_with_ways_of_their_own_round_trip(architecture: str) -> None:
+    saved(architecture)
 
 
 def test_what_was_loaded_can_be_saved_again(tmp_path: Path) -> None:
