@@ -5,6 +5,9 @@ READY := $(VENV)/.ready
 # Tried in this order; name another one with: make demo PYTHON=/path/to/python
 PYTHON := python3 python3.11 python3.12 python3.13 python3.14 python
 
+# Tests run on several cores, each in a process of its own.
+PYTEST := -m pytest -n auto --maxprocesses=4 --dist=worksteal
+
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-seeds test test-slow test-long test-lower coverage mutants check format docs docs-serve clean
 
@@ -18,15 +21,15 @@ demo-seeds: $(READY) ## Run the demo with five seeds, about ten minutes; writes 
 	@$(BIN)/python docs/figures/few_shot.py
 
 test: $(READY) ## Run the tests, then those that must run without run-time shape checks
-	@$(BIN)/python -m pytest
-	@$(BIN)/python -m pytest -o addopts="" -m "unchecked and not slow" tests
+	@$(BIN)/python $(PYTEST)
+	@$(BIN)/python $(PYTEST) -o addopts="" -m "unchecked and not slow" tests
 
 test-slow: $(READY) ## Run the tests that take long, or need a tool of their own: lm-eval
-	@$(BIN)/python -m pytest -m "slow and not unchecked" tests
-	@$(BIN)/python -m pytest -o addopts="" -m "slow and unchecked" tests
+	@$(BIN)/python $(PYTEST) -m "slow and not unchecked" tests
+	@$(BIN)/python $(PYTEST) -o addopts="" -m "slow and unchecked" tests
 
 test-long: $(READY) ## Run the tests with 2,000 examples a law instead of 50, and each language model with each backbone
-	@HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest tests
+	@HYPOTHESIS_PROFILE=long $(BIN)/python $(PYTEST) tests
 
 test-lower: ## Run the tests, the slow ones too, with the oldest supported versions, in an environment of its own
 	@$(MAKE) --no-print-directory test test-slow VENV=.venv-lower CONSTRAINTS="-c tests/lower.txt"
