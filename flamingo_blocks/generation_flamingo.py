@@ -228,12 +228,6 @@ class FlamingoGenerationMixin(GenerationMixin):
 
     # ------------------------------------------------------------ drafts
 
-    @property
-    def _vocabulary(self) -> int:
-        """How many logits the model gives, those of new tokens included."""
-        rows: int = self.get_output_embeddings().weight.shape[0]
-        return max([rows, *(token_id + 1 for token_id in self.config.new_token_ids or ())])
-
     def _as_draft(self, model: Any, input_ids: Tensor, pixel_values: Tensor | None, num_frames: Tensor | None) -> Any:
         """Let a model draft for this one: give it media, and let it bear the ids and give the logits of all tokens.
 
@@ -242,44 +236,46 @@ class FlamingoGenerationMixin(GenerationMixin):
         """
         if model._is_stateful:
             raise ValueError(
-                f"assistant_model must have a cache that can be cropped, but {type(model).__name__} has states; "
+                f"assistant_model must have a cache that can be cropped, but {type(model).__name__} has states instead; "
                 "choose a model with attention"
             )
-        view = copy.copy(model)
-        known, vocabulary = model.get_input_embeddings().weight.shape[0], self._vocabulary
+        view, forward, vocab_size = copy.copy(model), model.forward, _vocab_size(self.config)
+        known = _vocab_size(model.config)
         if isinstance(model, FlamingoGenerationMixin):
             if model.config.image_token_id != self.config.image_token_id:
                 raise ValueError(
                     f"assistant_model must have the same <image> token, {self.config.image_token_id}, got "
                     f"{model.config.image_token_id}"
                 )
-            known, unknown = model._vocabulary, ordinary_token(model.language_model)
             media_cache = MediaCache()
             pixel_values = None if pixel_values is None else pixel_values.to(model.device)
             model._announce(media_cache, input_ids.to(model.device), pixel_values, num_frames)
             # Not the generate of a Flamingo, which would encode the media anew for each draft.
             view.generate = partial(GenerationMixin.generate, view, media_cache=media_cache)
-        else:
-            unknown = ordinary_token(model)
-        forward = model.forward
+        elif known == _vocab_size(self.language_model.config):
+            # transformers compares the sizes to see whether the tokens are the same.
+            view.config = copy.deepcopy(model.config)
+            view.config.get_text_config(decoder=True).vocab_size = vocab_size
+        unknown = ordinary_token(model.language_model if isinstance(model, FlamingoGenerationMixin) else model)
 
         @wraps(forward)
         def forward_with_all_tokens(input_ids: Tensor, **kwargs: Any) -> Any:
             output = forward(input_ids=input_ids.where(input_ids < known, unknown), **kwargs)
-            output.logits = F.pad(output.logits, (0, vocabulary - output.logits.shape[-1]), value=-torch.inf)
+            output.logits = F.pad(output.logits, (0, vocab_size - output.logits.shape[-1]), value=-torch.inf)
             return output
 
         view.forward = forward_with_all_tokens
         return view
 
     def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
-        # Drafts have a cache of their own, or none.
-        others = {name: value for name, value in kwargs["model_kwargs"].items() if name != "media_cache"}
+        # The media are not the draft's: it has a cache of its own, or none.
+        kwargs["model_kwargs"] = {k: v for k, v in kwargs["model_kwargs"].items() if k != "media_cache"}
         parent: Any = super()
-        generator = parent._get_candidate_generator(*args, **{**kwargs, "model_kwargs": others})
-        if hasattr(generator, "vocab_size"):  # of prompt lookup, which knows the language model's tokens only
-            generator.vocab_size = self._vocabulary
-        return generator
+        return parent._get_candidate_generator(*args, **kwargs)
+
+
+def _vocab_size(config: Any) -> int:
+    return int(config.get_text_config(decoder=True).vocab_size)
 
 
 def pop_cache(arguments: dict[str, Any]) -> Any:
