@@ -236,7 +236,7 @@ class FlamingoGenerationMixin(GenerationMixin):
         """
         if model._is_stateful:
             raise ValueError(
-                f"assistant_model must have a cache that can be cropped, but {type(model).__name__} has states instead; "
+                f"assistant_model must have a cache that can be cropped, but {type(model).__name__} has states; "
                 "choose a model with attention"
             )
         view, forward, vocab_size = copy.copy(model), model.forward, _vocab_size(self.config)

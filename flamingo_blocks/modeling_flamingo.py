@@ -67,7 +67,7 @@ class FlamingoCausalLMOutput(CausalLMOutputWithPast):
     media_cache: MediaCache | None = None
 
 
-class FlamingoForConditionalGeneration(PreTrainedModel, FlamingoGenerationMixin):
+class FlamingoForConditionalGeneration(FlamingoGenerationMixin, PreTrainedModel):
     """A vision encoder and a language model, joined by a resampler and gated cross-attention blocks.
 
     Most users call `build_flamingo`, or `from_pretrained` on what `save_pretrained` wrote.
@@ -247,7 +247,7 @@ class FlamingoForConditionalGeneration(PreTrainedModel, FlamingoGenerationMixin)
         input_ids: Int[Tensor, "batch text"] | None = None,
         pixel_values: Float[Tensor, "batch media frames channels height width"] | None = None,
         num_frames: Int[Tensor, "batch media"] | None = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: Any = None,
         position_ids: Tensor | None = None,
         cache: Any = None,
         media_cache: MediaCache | None = None,
