@@ -193,7 +193,7 @@ class FlamingoGenerationMixin(GenerationMixin):
     # Caches differ between architectures; the language model knows its own.
 
     @property
-    def _is_stateful(self) -> bool:  # type: ignore[override]
+    def _is_stateful(self) -> bool:
         return bool(self.language_model._is_stateful)
 
     def _supports_default_dynamic_cache(self) -> bool:  # type: ignore[override]

@@ -67,7 +67,7 @@ class FlamingoCausalLMOutput(CausalLMOutputWithPast):
     media_cache: MediaCache | None = None
 
 
-class FlamingoForConditionalGeneration(FlamingoGenerationMixin, PreTrainedModel):
+class FlamingoForConditionalGeneration(FlamingoGenerationMixin, PreTrainedModel):  # type: ignore[override]
     """A vision encoder and a language model, joined by a resampler and gated cross-attention blocks.
 
     Most users call `build_flamingo`, or `from_pretrained` on what `save_pretrained` wrote.

@@ -99,7 +99,7 @@ def test_a_row_generates_what_it_generates_alone_and_without_padding(name: str, 
     together = model.generate(**left_padded(prompt), **LONG | MODES[mode])
     for row, padding in ((0, 0), (1, 3)):
         alone = prompt.row(row)
-        inputs = {"pixel_values": alone.pixel_values, "num_frames": alone.num_frames}
+        inputs: dict[str, Any] = {"pixel_values": alone.pixel_values, "num_frames": alone.num_frames}
         expected = model.generate(alone.input_ids[:, : 8 - padding], **inputs, **LONG | MODES[mode])
         assert torch.equal(together[row, padding:], expected[0])
 
@@ -206,7 +206,7 @@ def test_drafts_that_cannot_be_right_are_refused() -> None:
     text = model.generate(**prompt.inputs, **LONG, cache=cache, media_cache=media_cache)
     with pytest.raises(ValueError, match="the whole text with all its media instead of caches"):
         model.generate(text, **LONG, cache=cache, media_cache=media_cache, assistant_model=other)
-    words = {"tokenizer": make_tokenizer(), "assistant_tokenizer": make_tokenizer()}
+    words: dict[str, Any] = {"tokenizer": make_tokenizer(), "assistant_tokenizer": make_tokenizer()}
     with pytest.raises(ValueError, match="must have the same tokens; leave out assistant_tokenizer"):
         model.generate(**prompt.inputs, **LONG, assistant_model=other, **words)
     other.config.image_token_id = 7
@@ -256,7 +256,7 @@ def test_a_conversation_goes_on_with_its_caches(name: str) -> None:
     for turn, new in enumerate(([[50, 51], [52, 53]], [[50, image, 52], [image, 53, 54]])):
         text = torch.cat([text, torch.tensor(new)], dim=1)
         mask = F.pad(mask, (0, text.shape[1] - mask.shape[1]), value=1)
-        media = {"pixel_values": later.pixel_values[:, :1, :1]} if turn else {}
+        media: dict[str, Any] = {"pixel_values": later.pixel_values[:, :1, :1]} if turn else {}
         options: dict[str, Any] = {**LONG, "attention_mask": mask}
         if turn:
             options["prefill_chunk_size"] = 2
@@ -275,7 +275,7 @@ def test_a_recurrent_model_says_that_it_cannot_go_on() -> None:
     text = torch.cat([output.sequences, torch.full((2, 2), 50)], dim=1)
     with pytest.raises(ValueError, match="pass both to every call, or neither, as for recurrent models"):
         model.generate(text, **LONG, cache=cache_of(output), media_cache=media_cache)
-    with pytest.raises(ValueError, match="get_seq_length"):  # the language model's own words
+    with pytest.raises(ValueError, match="get_seq_length|without a cache"):  # the language model's own words
         model.generate(**prompt.inputs, **LONG, prefill_chunk_size=3)
 
 
@@ -320,7 +320,7 @@ def test_media_follow_a_cache_that_is_cropped(by: str) -> None:
     text = torch.cat([prompt.input_ids[:, :4], new], dim=1)
     caches: dict[str, Any] = {"cache": cache, "media_cache": media_cache}
     pixel_values = torch.cat([prompt.pixel_values[:, :1], later.pixel_values[:, :1]], dim=1)
-    one_shot = {"pixel_values": pixel_values, "num_frames": torch.tensor([[1, 2], [1, 2]])}
+    one_shot: dict[str, Any] = {"pixel_values": pixel_values, "num_frames": torch.tensor([[1, 2], [1, 2]])}
     with torch.no_grad():
         if by == "generate":
             found = model.generate(text, pixel_values=later.pixel_values[:, :1], **caches, **LONG)
@@ -340,10 +340,10 @@ def test_rows_of_the_caches_must_be_those_of_the_text() -> None:
     text = model.generate(**prompt.inputs, **options, cache=cache, media_cache=media_cache)
     more = torch.cat([text, torch.full((4, 2), 50)], dim=1)
     caches: dict[str, Any] = {"cache": copy.deepcopy(cache), "media_cache": copy.deepcopy(media_cache)}
-    with pytest.raises(ValueError, match=r"cache.* has 4 rows, but the text 2; where rows shall share"):
+    with pytest.raises(ValueError, match=r"has 4 rows, but the text 2; where rows shall share"):
         model.generate(more[::2], **LONG, **caches)
     generated = model.generate(more, **LONG, cache=cache, media_cache=media_cache)
-    media = {
+    media: dict[str, Any] = {
         "pixel_values": prompt.pixel_values.repeat_interleave(2, 0),
         "num_frames": prompt.num_frames.repeat_interleave(2, 0),
     }
@@ -366,7 +366,7 @@ def test_a_beam_search_closes_the_caches() -> None:
 @pytest.mark.parametrize("streamed", ["at once", "by iterator in a thread"])
 def test_streamed_text_is_the_text(streamed: str, capsys: pytest.CaptureFixture[str]) -> None:
     model, processor = make_flamingo()
-    tokenizer: Any = processor.tokenizer  # type: ignore[attr-defined]
+    tokenizer: Any = processor.tokenizer
     prompt = Prompt.make(model).row(0)
     expected = tokenizer.decode(model.generate(**prompt.inputs, **LONG)[0, 8:])
     if streamed == "at once":
@@ -412,7 +412,7 @@ def test_hidden_states_and_attentions_are_those_of_the_forward() -> None:
     model, _ = make_flamingo()
     model.language_model.set_attn_implementation("eager")
     prompt = Prompt.make(model)
-    asked = {"output_hidden_states": True, "output_attentions": True}
+    asked: dict[str, Any] = {"output_hidden_states": True, "output_attentions": True}
     output = model.generate(**prompt.inputs, **LONG, **asked, return_dict_in_generate=True)
     full = model(output.sequences[:, :-1], **media_of(prompt), **asked, use_cache=False)
     for layer in range(4):
