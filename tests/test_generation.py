@@ -8,7 +8,14 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, MaxLengthCriteria, TextIteratorStreamer, TextStreamer
+from transformers import (
+    CompileConfig,
+    DynamicCache,
+    GenerationConfig,
+    MaxLengthCriteria,
+    TextIteratorStreamer,
+    TextStreamer,
+)
 
 from flamingo_blocks import FlamingoForConditionalGeneration, MediaCache
 from tests.strategies import attends
@@ -103,6 +110,18 @@ def test_a_row_generates_what_it_generates_alone_and_without_padding(name: str, 
         options = {name: value for name, value in (LONG | MODES[mode]).items() if name not in OF_THE_CACHE}
         expected = model.generate(alone.input_ids[:, : 8 - padding], **inputs, **options)
         assert torch.equal(together[row, padding:], expected[0])
+
+
+@pytest.mark.unchecked
+def test_a_forward_compiled_for_a_static_cache_gives_the_same() -> None:
+    """As transformers compiles it by itself on accelerators."""
+    model, _ = make_flamingo()
+    prompt = Prompt.make(model)
+    config: Any = CompileConfig(mode="default")
+    config._compile_all_devices = True
+    compiled = model.generate(**prompt.inputs, **LONG, cache_implementation="static", compile_config=config)
+    assert hasattr(model, "_compiled_call")
+    assert torch.equal(compiled, model.generate(**prompt.inputs, **LONG))
 
 
 @pytest.mark.parametrize("mode", [m for m in MODES if m != "prompt lookup"])
