@@ -4,9 +4,11 @@ Media are encoded once and projected once per layer. It is no tensor on purpose:
 beam, while the beams of a row share their media.
 """
 
+import copy
 from collections.abc import Mapping
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Int
 from torch import Tensor
 
@@ -14,12 +16,14 @@ from flamingo_blocks.blocks import media_mask
 from flamingo_blocks.blocks.attention import KeyValues
 from flamingo_blocks.blocks.media_mask import Attend, MediaRuns
 
+_NOWHERE = 2**31 - 1  # where padding media stand
+
 
 class MediaCache:
     """Keys and values of the media of each row, and which of them its text sees.
 
     It is used as transformers' caches are: pass an empty one along with `cache` and it is filled; pass both again to go
-    on, with the new media only.
+    on, with the new media only. Copies share their tensors, which are never written to.
 
     Attributes:
         key_values: For each decoder layer with a block, by its index, the keys and values of all media so far.
@@ -32,8 +36,13 @@ class MediaCache:
     def __init__(self) -> None:
         self.key_values: dict[int, KeyValues] = {}
         self.num_media: Tensor | None = None
-        self._ranges: Tensor | None = None
-        self._start = 0
+        self._positions: Tensor | None = None  # of each medium's token in the text
+        self._ranges: Tensor | None = None  # of the text announced last
+        self._start = 0  # its position
+        self._closed_by: str | None = None
+
+    def __deepcopy__(self, _: object) -> "MediaCache":
+        return copy.copy(self)
 
     def __repr__(self) -> str:
         media = [] if self.num_media is None else self.num_media.tolist()
@@ -53,9 +62,11 @@ class MediaCache:
         attend: Attend = "last",
         document_ids: Int[Tensor, "batch text"] | None = None,
         media_ranges: Int[Tensor, "batch text 2"] | None = None,
-        start: int = 0,
+        start: int | None = None,
     ) -> Int[Tensor, "batch text 2"]:
         """Add new text and its media behind those that each row has.
+
+        Media whose tokens stand at `start` or later are dropped first: the language model's cache was cropped there.
 
         Args:
             key_values: Keys and values of the new media for each decoder layer with a block; in each row, real media
@@ -66,15 +77,20 @@ class MediaCache:
             document_ids: For packed documents; earlier text belongs to the document of the first token.
             media_ranges: Instead of all this, what each token sees, counted over all media of its row; then nothing is
                 known of `<image>` tokens, and nothing is checked.
-            start: Position of the new text's first token.
+            start: Position of the new text's first token. None: behind all text so far.
 
         Returns:
             What the new text sees. `ranges_at` gives it, too, and for later text what the last token saw.
 
         Raises:
-            ValueError: If a row's `<image>` tokens and new media do not agree in number, or there are neither as many
-                rows as before nor a multiple. The cache is then as it was.
+            ValueError: If a row's `<image>` tokens and new media do not agree in number, there are neither as many
+                rows as before nor a multiple, or the cache was closed. The cache is then as it was.
         """
+        if self._closed_by is not None:
+            raise ValueError(
+                f"media_cache was used in {self._closed_by}, which leaves other text in the language model's cache "
+                "than it returns; begin anew with new caches, or go on from copies that were made before"
+            )
         num_media = num_media.cpu()
         batch = num_media.shape[0]
         if self.rows and batch % self.rows:
@@ -84,10 +100,15 @@ class MediaCache:
         if media_ranges is None:
             # Checked on the new text alone: what it sees may include earlier media.
             MediaRuns.from_ranges(media_mask.media_ranges(media_locations), num_media=num_media)
+        end = 0 if self._ranges is None else self._start + self._ranges.shape[1]
+        start = end if start is None else start
         if self.num_media is None:
             self.num_media = torch.zeros_like(num_media)
+            self._positions = torch.empty(batch, 0, dtype=torch.long, device=media_locations.device)
         elif batch != self.rows:
             self._repeat_rows(batch // self.rows)
+        if start < end:
+            self._drop_from(start)
         if media_ranges is None:
             # Media of earlier text are as if their tokens stood right before this text.
             earlier = _first(int(self.num_media.max()), self.num_media.to(media_locations.device))
@@ -96,18 +117,38 @@ class MediaCache:
                 document_ids = torch.cat([document_ids[:, :1].expand_as(earlier), document_ids], dim=1)
             ranges = media_mask.media_ranges(locations, document_ids=document_ids, attend=attend)
             media_ranges = ranges[:, earlier.shape[1] :]
-        self._add_media(key_values, num_media)
+            places = torch.arange(start, start + media_locations.shape[1], device=media_locations.device)
+            positions = places.where(media_locations, _NOWHERE).sort(dim=1).values
+        else:
+            positions = torch.full_like(media_locations, start, dtype=torch.long)
+        self._add_media(key_values, num_media, positions)
         self._ranges, self._start = media_ranges, start
         return media_ranges
 
-    def _add_media(self, key_values: Mapping[int, KeyValues], num_media: Tensor) -> None:
+    def close(self, reason: str) -> None:
+        """Let nothing be added any more, since the language model's cache does not hold the text that was returned.
+
+        Args:
+            reason: What the caches were used in.
+        """
+        self._closed_by = reason
+
+    def _drop_from(self, start: int) -> None:
+        assert self.num_media is not None
+        assert self._positions is not None
+        is_real = _first(self._positions.shape[1], self.num_media)
+        self.num_media = (is_real & (self._positions < start).cpu()).sum(1)
+
+    def _add_media(self, key_values: Mapping[int, KeyValues], num_media: Tensor, positions: Tensor) -> None:
         """Join media row by row, so that each row's real media come first."""
         assert self.num_media is not None
+        assert self._positions is not None
         old = next(iter(self.key_values.values())).keys.shape[1] if self.key_values else 0
         new = next(iter(key_values.values())).keys.shape[1]
+        positions = F.pad(positions, (0, new - positions.shape[1]), value=_NOWHERE)  # as many columns as media
         total = self.num_media + num_media
         if old == 0:
-            self.key_values = dict(key_values)
+            self.key_values, self._positions = dict(key_values), positions
         elif new:
             is_real = torch.cat([_first(old, self.num_media), _first(new, num_media)], dim=1)
             order = is_real.int().argsort(dim=1, descending=True, stable=True)[:, : int(total.max())]
@@ -118,6 +159,7 @@ class MediaCache:
                 )
                 for index, past in self.key_values.items()
             }
+            self._positions = _take(torch.cat([self._positions, positions], dim=1), order)
         self.num_media = total
 
     def ranges_at(self, start: int, length: int) -> Int[Tensor, "batch length 2"]:
@@ -137,7 +179,9 @@ class MediaCache:
 
     def _repeat_rows(self, times: int) -> None:
         assert self.num_media is not None
+        assert self._positions is not None
         self.num_media = self.num_media.repeat_interleave(times)
+        self._positions = self._positions.repeat_interleave(times, dim=0)
         self.key_values = {
             index: KeyValues(kv.keys.repeat_interleave(times, dim=0), kv.values.repeat_interleave(times, dim=0))
             for index, kv in self.key_values.items()
@@ -149,5 +193,5 @@ def _first(size: int, count: Int[Tensor, " batch"]) -> Bool[Tensor, "batch size"
 
 
 def _take(media: Tensor, order: Int[Tensor, "batch media"]) -> Tensor:
-    index = order.to(media.device)[:, :, None, None, None].expand(-1, -1, *media.shape[2:])
+    index = order.to(media.device).view(*order.shape, *[1] * (media.ndim - 2)).expand(-1, -1, *media.shape[2:])
     return media.gather(1, index)

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForImageTextToText, GenerationMixin, PreTrainedModel
+from transformers import AutoModelForImageTextToText, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import SAFE_WEIGHTS_NAME
@@ -45,6 +45,7 @@ from flamingo_blocks.blocks import (
     media_mask,
 )
 from flamingo_blocks.configuration_flamingo import CACHE_NAMES, FlamingoConfig
+from flamingo_blocks.generation_flamingo import FlamingoGenerationMixin, cached_length, cached_rows, pop_cache
 from flamingo_blocks.injection import LMLayerInjector
 from flamingo_blocks.language import find_decoder_layers, find_hidden_size, ordinary_token
 from flamingo_blocks.media_cache import MediaCache
@@ -77,7 +78,7 @@ class FlamingoCausalLMOutput(CausalLMOutputWithPast):
     media_cache: MediaCache | None = None
 
 
-class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
+class FlamingoForConditionalGeneration(FlamingoGenerationMixin, PreTrainedModel):  # type: ignore[override]
     """A vision encoder and a language model, joined by a resampler and gated cross-attention blocks.
 
     Most users call `build_flamingo`, or `from_pretrained` on what `save_pretrained` wrote.
@@ -258,7 +259,7 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         input_ids: Int[Tensor, "batch text"] | None = None,
         pixel_values: Float[Tensor, "batch media frames channels height width"] | None = None,
         num_frames: Int[Tensor, "batch media"] | None = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: Any = None,
         position_ids: Tensor | None = None,
         cache: Any = None,
         media_cache: MediaCache | None = None,
@@ -304,7 +305,7 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """
         return_dict = kwargs.pop("return_dict", None)
         kwargs |= {"cache": cache, "past_key_values": past_key_values}
-        cache = _pop_cache(kwargs)
+        cache = pop_cache(kwargs)
         text = input_ids if input_ids is not None else inputs_embeds
         if text is None:
             raise ValueError("give input_ids or inputs_embeds")
@@ -312,7 +313,7 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
             raise ValueError(f"labels must have the text's shape, {tuple(text.shape[:2])}, got {tuple(labels.shape)}")
         has_media = pixel_values is not None or vision_features is not None
         if not torch.compiler.is_compiling():
-            self._check_call(kwargs, cache, media_cache, media_ranges)
+            self._check_call(kwargs, text, cache, media_cache, media_ranges)
         if self.config.decoding != "cached":
             if use_cache or cache is not None:
                 raise ValueError(
@@ -341,6 +342,7 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
                     attend=self.config.attend,
                     document_ids=document_ids,
                     media_ranges=media_ranges,
+                    start=cached_length(cache) if cache is not None else None,
                 )
                 media, num_media = media_cache.key_values, None
             elif media_ranges is None:
@@ -377,7 +379,7 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return result if (self.config.return_dict if return_dict is None else return_dict) else result.to_tuple()
 
     def _check_call(
-        self, others: Mapping[str, Any], cache: Any, media_cache: MediaCache | None, media_ranges: Any
+        self, others: Mapping[str, Any], text: Tensor, cache: Any, media_cache: MediaCache | None, media_ranges: Any
     ) -> None:
         """Refuse what would run, but not do what was meant."""
         if not self.injector.is_injected:
@@ -387,7 +389,12 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         for name in others:
             if name not in self._lm_arguments and (nearest := get_close_matches(name, _OWN, n=1, cutoff=0.8)):
                 raise TypeError(f"forward has no argument {name!r}; did you mean {nearest[0]!r}?")
-        text_length = _cached_length(cache)
+        text_length, rows = cached_length(cache), cached_rows(cache)
+        if text_length and rows not in (None, len(text)):
+            raise ValueError(
+                f"{self._cache_name} has {rows} rows, but the text {len(text)}; where rows shall share what is in it, "
+                "call its batch_repeat_interleave first; after a beam search, begin anew"
+            )
         if media_cache is not None and media_cache.rows and text_length == 0 and media_ranges is None:
             raise ValueError(
                 "media_cache holds the media of earlier text, but that text is in no cache; pass "
@@ -437,126 +444,6 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if num_frames is None:
             return media, torch.full((batch,), frames.shape[1], device="cpu")
         return media, (num_frames > 0).sum(1).cpu()
-
-    # ------------------------------------------------------------ generation
-
-    @torch.no_grad()
-    def generate(
-        self,
-        inputs: Tensor | None = None,
-        *args: Any,
-        pixel_values: Float[Tensor, "batch media frames channels height width"] | None = None,
-        num_frames: Int[Tensor, "batch media"] | None = None,
-        vision_features: Float[Tensor, "batch media frames patches vision_dim"] | None = None,
-        media_cache: MediaCache | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Continue texts, as `generate` of any model of transformers does.
-
-        Media are encoded once, before the first token, and their keys and values are kept. Text ends at the language
-        model's own end of text or at the end of a chunk; `<image>` is not generated. `generation_config` holds both.
-        Where `config.decoding` is `"uncached"`, the language model's cache is not used, whatever `use_cache` says.
-
-        To go on with a conversation, pass `cache` and `media_cache` to the first call, and to the next ones together
-        with the whole text and the new media only.
-
-        Args:
-            inputs: The prompts, `input_ids`.
-            *args: As in transformers.
-            pixel_values: See `forward`.
-            num_frames: See `forward`.
-            vision_features: See `forward`.
-            media_cache: An empty cache to be filled, or that of earlier text.
-            **kwargs: As in transformers.
-
-        Raises:
-            ValueError: If a row's `<image>` tokens and media do not agree in number, or only one of the two caches of
-                earlier text is there.
-        """
-        if type(self.language_model).generate is not GenerationMixin.generate:
-            raise ValueError(
-                f"{type(self.language_model).__name__} has a generate() of its own, which knows no media; "
-                "only its forward can be used here"
-            )
-        for name in ("document_ids", "media_ranges"):
-            if kwargs.get(name) is not None:
-                raise ValueError(f"generate takes no {name}: what a prompt sees follows from its <image> tokens")
-        input_ids = kwargs.get("input_ids") if inputs is None else inputs
-        if input_ids is None:
-            embeddings = kwargs.get("inputs_embeds")
-            # Without any prompt, transformers begins with one row of one token.
-            input_ids = torch.zeros(1, 1, dtype=torch.long, device=self.device) if embeddings is None else embeddings
-        if self.config.decoding == "none":
-            raise ValueError(
-                f"{type(self.language_model).__name__} generates by other logits than those of its forward; only its "
-                "forward can be used here"
-            )
-        if self.config.decoding == "uncached":
-            kwargs["use_cache"] = False  # whatever is asked for: some tools always ask for the cache
-        media_cache = MediaCache() if media_cache is None else media_cache
-        if (cache := _pop_cache(kwargs)) is not None:
-            kwargs[self._cache_name] = cache
-        earlier, text, start = _split(input_ids, cache, kwargs.get("attention_mask"))
-        if (media_cache.rows and start == 0) or (not media_cache.rows and self._is_image(earlier).any()):
-            raise ValueError(
-                f"{self._cache_name} and media_cache must hold the same earlier text and its media, but one of them is "
-                "empty; pass both to every call, or neither, as for recurrent models"
-            )
-        if not text.shape[1]:
-            raise ValueError(
-                f"there is no new text: input_ids have {input_ids.shape[1]} tokens, {self._cache_name} {start}; pass "
-                "the whole text, or new text alone together with an attention_mask over all of it"
-            )
-        media, num_media = self._encode(len(input_ids), pixel_values, num_frames, vision_features)
-        key_values = self.injector.project_media(media)
-        before = dict(vars(media_cache))
-        media_cache.update(key_values, num_media, self._is_image(text), attend=self.config.attend, start=start)
-        transformers_generate: Any = super().generate
-        try:
-            return transformers_generate(inputs, *args, media_cache=media_cache, **kwargs)
-        except BaseException:
-            vars(media_cache).update(before)  # a call that failed has not happened
-            raise
-
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: Tensor,
-        media_cache: MediaCache | None = None,
-        inputs_embeds: Tensor | None = None,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """Prepare a step: the language model's own way, and what the step's tokens see."""
-        if inputs_embeds is not None:
-            kwargs["inputs_embeds"] = inputs_embeds
-        inputs: dict[str, Any] = self.language_model.prepare_inputs_for_generation(input_ids, **kwargs)
-        if not self.config.decoding_position_ids:
-            inputs.pop("position_ids", None)
-        if media_cache is not None:
-            text = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
-            length = text.shape[1]
-            start = input_ids.shape[1] - length
-            # The ids may lack what is in the cache: in a chunk of the prompt, or where new text alone was given.
-            start = max(start, _cached_length(kwargs.get(self._cache_name)) or 0)
-            inputs |= {"media_cache": media_cache, "media_ranges": media_cache.ranges_at(start, length)}
-        return inputs
-
-    # Caches differ between architectures; the language model knows its own.
-
-    @property
-    def _is_stateful(self) -> bool:  # type: ignore[override]
-        return bool(self.language_model._is_stateful)
-
-    def _supports_default_dynamic_cache(self) -> bool:  # type: ignore[override]
-        return bool(self.language_model._supports_default_dynamic_cache())
-
-    def _prepare_cache_for_generation(self, *args: Any, **kwargs: Any) -> Any:
-        return self.language_model._prepare_cache_for_generation(*args, **kwargs)
-
-    def _prepare_position_ids_for_generation(self, *args: Any, **kwargs: Any) -> Any:
-        return self.language_model._prepare_position_ids_for_generation(*args, **kwargs)
-
-    def _update_model_kwargs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
-        return self.language_model._update_model_kwargs_for_generation(*args, **kwargs)
 
     # ------------------------------------------------------------ what transformers asks of a model
 
@@ -853,36 +740,6 @@ def _dtype(name: str | None, lm: PreTrainedModel) -> torch.dtype:
 def _non_persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
     persistent = set(module.state_dict())
     return {name: buffer for name, buffer in module.named_buffers() if name not in persistent}
-
-
-def _pop_cache(arguments: dict[str, Any]) -> Any:
-    """Take the language model's cache out of arguments, by whichever name it is there."""
-    named = {name: arguments.pop(name, None) for name in CACHE_NAMES}
-    caches = {name: cache for name, cache in named.items() if cache is not None}
-    if len(caches) > 1:
-        raise ValueError(f"{' and '.join(caches)} are names of the same cache, the language model's; pass one of them")
-    return next(iter(caches.values()), None)
-
-
-def _cached_length(cache: Any) -> int | None:
-    """Count the tokens in a cache. None: it does not tell, as those of recurrent models."""
-    if cache is None:
-        return 0
-    try:
-        return int(cache.get_seq_length())
-    except (AttributeError, ValueError):
-        return None
-
-
-def _split(input_ids: Tensor, cache: Any, attention_mask: Tensor | None) -> tuple[Tensor, Tensor, int]:
-    """Split text into what is in the cache and what is new, and count the former.
-
-    As in transformers, a mask that is longer than the text tells that the text is new alone.
-    """
-    start = _cached_length(cache) or 0
-    is_whole = attention_mask is None or attention_mask.shape[1] == input_ids.shape[1]
-    cut = start if is_whole else 0
-    return input_ids[:, :cut], input_ids[:, cut:], start
 
 
 def _argument_names(function: Any) -> set[str]:

@@ -49,6 +49,7 @@ NEW_TOKENS = "flamingo_blocks/new_tokens.py"
 MEDIA_CACHE = "flamingo_blocks/media_cache.py"
 CONFIGURATION = "flamingo_blocks/configuration_flamingo.py"
 MODELING = "flamingo_blocks/modeling_flamingo.py"
+GENERATION = "flamingo_blocks/generation_flamingo.py"
 PROCESSING = "flamingo_blocks/processing_flamingo.py"
 BUILDER = "flamingo_blocks/builder.py"
 ADAPTER = "flamingo_blocks/adapter.py"
@@ -590,10 +591,10 @@ MUTANTS = [
     Mutant(
         "media are projected once",
         "keys and values are computed twice",
-        MODELING,
+        GENERATION,
         "media_cache.update(key_values, num_media, self._is_image(text)",
         "key_values = self.injector.project_media(media)\n        media_cache.update(key_values, num_media, self._is_image(text)",  # noqa: E501
-        "tests/test_modeling_flamingo.py::test_media_are_encoded_and_projected_once",
+        "tests/test_generation.py::test_media_are_encoded_and_projected_once_however_text_is_generated",
     ),
     Mutant(
         "rows that share media are as rows with copies",
@@ -609,7 +610,7 @@ MUTANTS = [
         MODELING,
         "media_ranges.repeat(1, rows_per_media, 1)",
         "media_ranges.repeat_interleave(rows_per_media, dim=1)",
-        "tests/test_modeling_flamingo.py::test_scores_of_what_was_generated_count_new_tokens_too",
+        "tests/test_generation.py::test_scores_of_what_was_generated_count_new_tokens_too",
     ),
     Mutant(
         "padding frames are not encoded",
@@ -729,7 +730,7 @@ MUTANTS = [
         MEDIA_CACHE,
         "_first(int(self.num_media.max()), self.num_media.to(media_locations.device))",
         "_first(int(self.num_media.max()), torch.zeros_like(self.num_media))",
-        "tests/test_modeling_flamingo.py::test_a_conversation_with_caches_equals_the_prompt_in_one_piece",
+        "tests/test_generation.py::test_a_conversation_with_caches_equals_the_prompt_in_one_piece",
     ),
     Mutant(
         "text in pieces sees what it sees in one piece",
@@ -742,15 +743,87 @@ MUTANTS = [
     Mutant(
         "prefill in chunks gives the same",
         "each chunk counts from 0",
-        MODELING,
-        "start = max(start, _cached_length(kwargs.get(self._cache_name)) or 0)",
+        GENERATION,
+        "start = max(start, cached_length(kwargs.get(self._cache_name)) or 0)",
         "pass",
-        "tests/test_modeling_flamingo.py::test_prefill_in_chunks_gives_the_same",
+        "tests/test_generation.py::test_a_row_generates_what_it_generates_alone_and_without_padding",
+    ),
+    Mutant(
+        "media follow a cache that is cropped",
+        "media of text that is gone are kept",
+        MEDIA_CACHE,
+        "if start < end:",
+        "if False:",
+        "tests/test_generation.py::test_media_follow_a_cache_that_is_cropped",
+    ),
+    Mutant(
+        "many questions about one image encode it once",
+        "copies of the caches copy keys and values",
+        MEDIA_CACHE,
+        "def __deepcopy__",
+        "def no_deepcopy",
+        "tests/test_generation.py::test_many_questions_about_one_image_encode_it_once",
+    ),
+    Mutant(
+        "a beam search closes the caches",
+        "they stay open, in the order of the beams",
+        GENERATION,
+        'media_cache.close("a beam search")',
+        "pass",
+        "tests/test_generation.py::test_a_beam_search_closes_the_caches",
+    ),
+    Mutant(
+        "rows of the caches must be those of the text",
+        "nobody compares them",
+        MODELING,
+        "if text_length and rows not in (None, len(text)):",
+        "if False:",
+        "tests/test_generation.py::test_rows_of_the_caches_must_be_those_of_the_text",
+    ),
+    Mutant(
+        "drafts change nothing",
+        "a language model is given tokens that it does not know",
+        GENERATION,
+        "input_ids.where(input_ids < known, unknown)",
+        "input_ids",
+        "tests/test_generation.py::test_drafts_change_nothing",
+    ),
+    Mutant(
+        "sampling with drafts draws from all tokens",
+        "a draft gives logits of its own tokens only",
+        GENERATION,
+        "(0, vocab_size - output.logits.shape[-1])",
+        "(0, 0)",
+        "tests/test_generation.py::test_sampling_with_drafts_draws_from_all_tokens",
+    ),
+    Mutant(
+        "a Flamingo that drafts sees the media",
+        "it sees the text alone",
+        GENERATION,
+        "input_ids.to(model.device), pixel_values, num_frames)",
+        "torch.zeros(input_ids.shape), None, None)",
+        "tests/test_generation.py::test_a_flamingo_that_drafts_sees_the_media_encoded_once_by_itself",
+    ),
+    Mutant(
+        "a language model that drafted is as it was",
+        "its own configuration is changed",
+        GENERATION,
+        "view.config = copy.deepcopy(model.config)",
+        "view.config = model.config",
+        "tests/test_generation.py::test_a_language_model_that_drafted_is_as_it_was",
+    ),
+    Mutant(
+        "guidance leads away from the text without media",
+        "the model is called as if it had media",
+        GENERATION,
+        "processor.model = partial(self._without_media, nothing)",
+        "pass",
+        "tests/test_generation.py::test_guidance_leads_away_from_the_text_without_media",
     ),
     Mutant(
         "a cache goes by any name",
         "only the first name is known",
-        MODELING,
+        GENERATION,
         "arguments.pop(name, None) for name in CACHE_NAMES}",
         "arguments.pop(name, None) for name in CACHE_NAMES[:1]}",
         "tests/test_modeling_flamingo.py::test_a_cache_goes_by_any_name",
@@ -758,7 +831,7 @@ MUTANTS = [
     Mutant(
         "two caches are an error",
         "the first one is taken",
-        MODELING,
+        GENERATION,
         "if len(caches) > 1:",
         "if False:",
         "tests/test_modeling_flamingo.py::test_calls_that_would_run_but_not_do_what_was_meant_are_refused",
@@ -785,7 +858,7 @@ MUTANTS = [
         MODELING,
         "_with_id(lm.generation_config.eos_token_id, config.end_of_chunk_token_id)",
         "lm.generation_config.eos_token_id",
-        "tests/test_modeling_flamingo.py::test_image_tokens_are_not_generated_and_the_end_of_a_chunk_ends_the_text",
+        "tests/test_generation.py::test_image_tokens_are_not_generated_and_the_end_of_a_chunk_ends_the_text",
     ),
     Mutant(
         "scores count new tokens",
@@ -793,7 +866,7 @@ MUTANTS = [
         CONFIGURATION,
         "if not self.new_token_ids:",
         "if True:",
-        "tests/test_modeling_flamingo.py::test_scores_of_what_was_generated_count_new_tokens_too",
+        "tests/test_generation.py::test_scores_of_what_was_generated_count_new_tokens_too",
     ),
     Mutant(
         "old tokens keep their logits",
