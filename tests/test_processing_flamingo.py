@@ -508,13 +508,19 @@ def test_truncation_must_not_cut_a_medium() -> None:
         ({"images": [[as_array(CAT)[:0]]]}, "a video must have at least one frame, got none"),
         ({"videos": [[]]}, "row 0 has 1 <image> tokens but 0 media"),
         ({"videos": [[[CAT], []]]}, "a video must have at least one frame, got none"),
-        ({"videos": CAT}, "videos must be lists of frames, got Image"),
-        ({"videos": torch.zeros(4, 8, 8)}, r"videos must be lists of frames, got Tensor of shape \(4, 8, 8\)"),
+        ({"videos": CAT}, "videos must be lists of frames or video files, got Image"),
+        (
+            {"videos": torch.zeros(4, 8, 8)},
+            r"videos must be lists of frames or video files, got Tensor of shape \(4, 8, 8\)",
+        ),
         ({"images": 3}, r"images must be a PIL image, .* or a path, or lists of them, got int"),
         ({"images": {"cat": CAT}}, "images must be a PIL image, .* or lists of them, got dict"),
         ({"images": torch.tensor(0.5)}, r"images must be a PIL image, .* got Tensor of shape \(\)"),
-        ({"images": [{"cat": CAT}]}, "an image must be a PIL image, .* a video a list of such images, got dict"),
-        ({"images": [[3]]}, "an image must be a PIL image, .* a video a list of such images, got int"),
+        (
+            {"images": [{"cat": CAT}]},
+            "an image must be a PIL image, .* a video a list of such images or a video file, got dict",
+        ),
+        ({"images": [[3]]}, "an image must be a PIL image, .* a video a list of such images or a video file, got int"),
         ({"images": [[np.zeros(5)]]}, r"an image must be .* got ndarray of shape \(5,\)"),
         ({"images": [[[CAT, None]]]}, "an image must be .* got list"),
     ],
@@ -599,7 +605,7 @@ def test_text_of_another_kind_is_refused(text: Any) -> None:
 
 
 def test_other_frameworks_are_refused() -> None:
-    with pytest.raises(ValueError, match='return_tensors must be "pt" or "np", got \'tf\''):
+    with pytest.raises(ValueError, match='return_tensors must be "pt", "np" or None, got \'tf\''):
         make_processor()(text="a", return_tensors="tf")
 
 
