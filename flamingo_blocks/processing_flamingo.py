@@ -246,7 +246,7 @@ class FlamingoProcessor(ProcessorMixin):
         images: Any = None,
         text: str | Sequence[str] | None = None,
         videos: Any = None,
-        audio: None = None,
+        audio: Any = None,
         **kwargs: Any,
     ) -> BatchFeature:
         """Prepare a text, or a batch of them.
@@ -377,7 +377,7 @@ class FlamingoProcessor(ProcessorMixin):
             processor_kwargs=options,
             **kwargs,
         )
-        if "assistant_masks" in result and not options.get("truncation"):
+        if isinstance(result, BatchFeature) and "assistant_masks" in result and not options.get("truncation"):
             _check_masks(result["assistant_masks"], conversations)
         return result
 
@@ -450,7 +450,7 @@ def _check_names(options: Mapping[str, Any], known: Iterable[str]) -> None:
             raise TypeError(f"FlamingoProcessor got an unexpected keyword argument {name!r}; {hint}")
 
 
-def _check_sampling(fps: int | float | None, num_frames: int | None) -> None:
+def _check_sampling(fps: Any, num_frames: Any) -> None:
     if fps is not None and num_frames is not None:
         raise ValueError(f"fps and num_frames exclude each other, got {fps} and {num_frames}; give one of them")
     if fps is not None and (isinstance(fps, bool) or not isinstance(fps, int | float) or not 0 < fps < float("inf")):

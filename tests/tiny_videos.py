@@ -11,7 +11,7 @@ from PIL import Image
 
 CODECS = {".mp4": "mpeg4", ".mkv": "ffv1", ".avi": "mpeg4", ".webm": "libvpx", ".mov": "mpeg4", ".gif": "gif"}
 PIXELS = {"ffv1": "bgr0", "gif": "rgb8"}
-STEP = 8  # of grey, from frame to frame
+STEP = 10  # of grey, from frame to frame
 
 
 def write_video(
@@ -38,6 +38,7 @@ def write_video(
     with av.open(str(path), "w", options=options or {}) as container:
         stream: Any = container.add_stream(codec, rate=rate)
         stream.width, stream.height = size
+        stream.bit_rate = 4_000_000
         stream.pix_fmt = PIXELS.get(codec, "yuv420p")
         for i, time in enumerate(times):
             frame = av.VideoFrame.from_ndarray(picture(i, size), format="rgb24")
