@@ -373,5 +373,4 @@ def test_an_image_token_that_a_user_writes_can_be_meant_as_text() -> None:
     template = "{{ bos_token }}" + str(PROCESSOR.chat_template)
     inputs = encode([say("user", "an <image>:", CAT)], chat_template=template, sanitize_control_tokens=True)
     assert (inputs["input_ids"] == PROCESSOR.image_token_id).sum() == 1
-    text: Any = PROCESSOR.batch_decode(inputs["input_ids"], skip_special_tokens=True)
-    assert text == ["User: an <image>:"]
+    assert PROCESSOR.tokenizer.decode(inputs["input_ids"][0], skip_special_tokens=True) == "User: an <image>:"
