@@ -13,6 +13,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoProcessor, BatchFeature, ProcessorMixin
 from transformers.image_processing_utils import BaseImageProcessor
+from transformers.processing_utils import TextKwargs
 
 from flamingo_blocks.chat import collect_media, default_chat_template
 from flamingo_blocks.configuration_flamingo import FlamingoConfig
@@ -149,26 +150,28 @@ class FlamingoImageProcessor(BaseImageProcessor):
         return torch.stack(pixels) if pixels else torch.zeros(shape)
 
 
+# Those of the tokenizer's options under which each text stays one row, where this version of transformers has them.
+_TEXT_OPTIONS = (
+    "add_special_tokens",
+    "max_length",
+    "pad_to_multiple_of",
+    "padding",
+    "padding_side",
+    "return_attention_mask",
+    "return_length",
+    "return_mm_token_type_ids",
+    "return_offsets_mapping",
+    "return_special_tokens_mask",
+    "return_tensors",
+    "return_text_replacement_offsets",
+    "return_token_type_ids",
+    "sanitize_control_tokens",
+    "truncation",
+    "verbose",
+)
 # What __call__ takes besides texts and media, by transformers' names for the parts that it is for.
 _OPTIONS = {
-    "text_kwargs": (
-        "add_special_tokens",
-        "max_length",
-        "pad_to_multiple_of",
-        "padding",
-        "padding_side",
-        "return_attention_mask",
-        "return_length",
-        "return_mm_token_type_ids",
-        "return_offsets_mapping",
-        "return_special_tokens_mask",
-        "return_tensors",
-        "return_text_replacement_offsets",
-        "return_token_type_ids",
-        "sanitize_control_tokens",
-        "truncation",
-        "verbose",
-    ),
+    "text_kwargs": tuple(name for name in _TEXT_OPTIONS if name in TextKwargs.__annotations__),
     "images_kwargs": ("return_tensors",),
     "videos_kwargs": ("do_sample_frames", "fps", "num_frames", "return_tensors"),
     "audio_kwargs": ("return_tensors",),
@@ -290,7 +293,7 @@ class FlamingoProcessor(ProcessorMixin):
         """
         if audio is not None:
             raise ValueError("a Flamingo takes text, images and videos; got audio")
-        options = _flatten_options(kwargs)
+        options = {"padding": True, "return_token_type_ids": False, **_flatten_options(kwargs)}
         sampling = _Sampling.choose(
             options.pop("fps", None), options.pop("num_frames", None), options.pop("do_sample_frames", None), self
         )
@@ -358,10 +361,9 @@ class FlamingoProcessor(ProcessorMixin):
         Raises:
             ValueError: If a medium cannot be fetched, or for what `__call__` raises it.
         """
-        direct = {name: kwargs.pop(name) for name in [*kwargs] if name in _ALL_OPTIONS - {"sanitize_control_tokens"}}
-        options = _flatten_options(
-            {**direct, "common_kwargs": _flatten_options(processor_kwargs or {}, defaults=False)}
-        )
+        known = {*_OPTIONS, "common_kwargs", *_ALL_OPTIONS} - {"sanitize_control_tokens"}
+        direct = _flatten_options({name: kwargs.pop(name) for name in [*kwargs] if name in known})
+        options = _flatten_options({**direct, "common_kwargs": _flatten_options(processor_kwargs or {})})
         if return_tensors != "auto":
             options["return_tensors"] = return_tensors
         options.setdefault("return_tensors", "pt")
@@ -425,7 +427,7 @@ def _check_masks(masks: Any, conversations: Sequence[Any]) -> None:
             )
 
 
-def _flatten_options(kwargs: Mapping[str, Any], *, defaults: bool = True) -> dict[str, Any]:
+def _flatten_options(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Take options out of the dictionaries that transformers sorts them into, and look for unknown ones."""
     groups = {**_OPTIONS, "common_kwargs": _ALL_OPTIONS}
     options = {name: value for name, value in kwargs.items() if name not in groups}
@@ -439,7 +441,7 @@ def _flatten_options(kwargs: Mapping[str, Any], *, defaults: bool = True) -> dic
     if options.pop("return_mm_token_type_ids", None):
         raise ValueError("a Flamingo takes no types of tokens; leave out return_mm_token_type_ids")
     options.pop("return_text_replacement_offsets", None)  # each medium is one token, before and after
-    return {"padding": True, "return_token_type_ids": False, **options} if defaults else options
+    return options
 
 
 def _check_names(options: Mapping[str, Any], known: Iterable[str]) -> None:

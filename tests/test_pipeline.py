@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from transformers import pipeline
 
 from tests.test_processing_flamingo import picture
@@ -59,7 +61,14 @@ PROMPTS: dict[str, tuple[Any, Any]] = {
 }
 
 
-@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"num_beams": 3, "num_return_sequences": 2}])
+several = pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.24"), reason="the pipeline of older transformers loses some"
+)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"num_beams": 2}, pytest.param({"num_beams": 3, "num_return_sequences": 2}, marks=several)]
+)
 @pytest.mark.parametrize("kind", PROMPTS)
 def test_texts_with_images(kind: str, options: dict[str, Any]) -> None:
     text, images = PROMPTS[kind]
