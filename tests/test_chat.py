@@ -209,7 +209,8 @@ def test_a_conversation_may_end_in_a_message_to_go_on_with() -> None:
 def test_a_growing_dialogue_starts_with_what_was_there_before() -> None:
     """So that caches can be kept: an answer ends as it was generated, with <EOC>."""
     earlier = PROCESSOR.apply_chat_template(DIALOGUE[:2], add_generation_prompt=True)
-    assert AS_TEXT.startswith(earlier + " Friends.<EOC>")
+    later = PROCESSOR.apply_chat_template(DIALOGUE, add_generation_prompt=True)
+    assert later.startswith(earlier + " Friends.<EOC>")
 
 
 @pytest.mark.parametrize("padding_side", ["left", "right"])

@@ -157,10 +157,10 @@ def sound(folder: Path) -> Path:
     return path
 
 
-def text(content: str) -> Callable[[Path], Path]:
+def text(content: str, suffix: str = ".mp4") -> Callable[[Path], Path]:
     def make(folder: Path) -> Path:
         write_video(folder / "other.mp4", 10)
-        path = folder / "video.mp4"
+        path = folder / f"video{suffix}"
         path.write_text(content.format(other=folder / "other.mp4"))
         return path
 
@@ -178,7 +178,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     "text": (text("a video"), "Invalid data"),
     "nothing": (text(""), "Invalid|End of file"),
     "a playlist": (
-        text("#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{other}\n#EXT-X-ENDLIST\n"),
+        text("#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{other}\n#EXT-X-ENDLIST\n", ".m3u8"),
         "Invalid data|not permitted",
     ),
     "a list of files": (text("ffconcat version 1.0\nfile {other}\n"), "not permitted|Invalid"),
