@@ -1,17 +1,23 @@
-"""FlamingoProcessor: text and images in, tensors for the model out."""
+"""FlamingoProcessor: text, images and videos in, tensors for the model out."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from io import BytesIO
 from pathlib import Path
-from typing import Any, no_type_check
+from typing import Any, NamedTuple, no_type_check
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from PIL import Image, ImageOps
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoProcessor, BatchFeature, ProcessorMixin
 from transformers.image_processing_utils import BaseImageProcessor
+from transformers.processing_utils import TextKwargs
 
+from flamingo_blocks.chat import collect_media, default_chat_template
 from flamingo_blocks.configuration_flamingo import FlamingoConfig
+from flamingo_blocks.video import VideoFile, has_video_suffix
 
 _KINDS = "a PIL image, a numpy array (height, width, channels), a tensor (channels, height, width) or a path"
 
@@ -106,12 +112,24 @@ class FlamingoImageProcessor(BaseImageProcessor):
         Raises:
             ValueError: If an image is of another kind, or its numbers out of range.
         """
+        is_batch = isinstance(images, list | tuple) or (isinstance(images, np.ndarray | Tensor) and images.ndim == 4)
+        images = list(images) if is_batch else [images]
+        pixel_values = self.transform((f"image {i}", image) for i, image in enumerate(images))
+        return BatchFeature({"pixel_values": pixel_values}, tensor_type=return_tensors)
+
+    def transform(self, images: Iterable[tuple[str, Any]]) -> Float[Tensor, "images channels height width"]:
+        """Transform images one by one, so that no more than one must be held in memory.
+
+        Args:
+            images: Names and images. Names stand in errors.
+
+        Raises:
+            ValueError: If an image is of another kind, or its numbers out of range.
+        """
         import timm.data
 
         if self.channels not in (1, 3):
             raise ValueError(f"channels must be 1 or 3, got {self.channels}; make pixel_values of such images yourself")
-        is_batch = isinstance(images, list | tuple) or (isinstance(images, np.ndarray | Tensor) and images.ndim == 4)
-        images = list(images) if is_batch else [images]
         transform: Any = timm.data.create_transform(  # type: ignore[attr-defined]
             input_size=(self.channels, self.size["height"], self.size["width"]),
             is_training=False,
@@ -122,29 +140,60 @@ class FlamingoImageProcessor(BaseImageProcessor):
             crop_mode=self.crop_mode,
         )
         pixels = []
-        for i, image in enumerate(images):
+        for name, image in images:
             try:
                 loaded = _load(image, self.channels)
             except Exception as error:  # of many kinds, where a PIL image is read only now
-                raise ValueError(f"image {i}: {error}") from error
+                raise ValueError(f"{name}: {error}") from error
             pixels.append(transform(loaded))
         shape = (0, self.channels, self.size["height"], self.size["width"])
-        return BatchFeature(
-            {"pixel_values": torch.stack(pixels) if pixels else torch.zeros(shape)}, tensor_type=return_tensors
-        )
+        return torch.stack(pixels) if pixels else torch.zeros(shape)
+
+
+# Those of the tokenizer's options under which each text stays one row, where this version of transformers has them.
+_TEXT_OPTIONS = (
+    "add_special_tokens",
+    "max_length",
+    "pad_to_multiple_of",
+    "padding",
+    "padding_side",
+    "return_attention_mask",
+    "return_length",
+    "return_mm_token_type_ids",
+    "return_offsets_mapping",
+    "return_special_tokens_mask",
+    "return_tensors",
+    "return_text_replacement_offsets",
+    "return_token_type_ids",
+    "sanitize_control_tokens",
+    "truncation",
+    "verbose",
+)
+# What __call__ takes besides texts and media, by transformers' names for the parts that it is for.
+_OPTIONS = {
+    "text_kwargs": tuple(name for name in _TEXT_OPTIONS if name in TextKwargs.__annotations__),
+    "images_kwargs": ("return_tensors",),
+    "videos_kwargs": ("do_sample_frames", "fps", "num_frames", "return_tensors"),
+    "audio_kwargs": ("return_tensors",),
+}
+_ALL_OPTIONS = frozenset(name for names in _OPTIONS.values() for name in names)
 
 
 class FlamingoProcessor(ProcessorMixin):
-    """Tokenize text and transform its images.
+    """Tokenize text and transform its images and videos.
 
     Each medium, an image or a video, stands in the text as one `<image>` token.
 
     Args:
         image_processor: Transforms images.
         tokenizer: The language model's, with the two special tokens.
-        chat_template: As in transformers.
+        chat_template: As in transformers; it writes each part `{"type": "image"}` of a message as `<image>`. Videos are
+            images to it. None: the tokenizer's own, which gets to see text with `<image>` where it knows text only;
+            without one, a dialogue as in the paper: `User: <image>What is this?`, `Flamingo: A cat.<EOC>`.
         image_token: Stands for a medium.
         end_of_chunk_token: Ends what belongs to a medium, e.g. a caption.
+        fps: Frames of a video file per second, unless a call says otherwise. None: 1, as in the paper.
+        num_frames: Instead: that many, evenly spread.
 
     Attributes:
         image_token_id: Id of `image_token`.
@@ -156,7 +205,7 @@ class FlamingoProcessor(ProcessorMixin):
         ```python
         # inputs = processor(
         #     text=["<image>A cat.<EOC><image>", "No image at all."],
-        #     images=[[cat, dog], []],
+        #     images=[[cat, "dog.mp4"], []],
         # )
         # model.generate(**inputs)
         ```
@@ -165,21 +214,30 @@ class FlamingoProcessor(ProcessorMixin):
     image_token: str
     end_of_chunk_token: str
     image_token_id: int
+    fps: int | float | None
+    num_frames: int | None
 
     @no_type_check  # transformers looks at the code of constructors
     def __init__(
         self,
         image_processor: FlamingoImageProcessor | None = None,
         tokenizer: Any = None,
-        chat_template: str | None = None,
+        chat_template: str | dict[str, str] | None = None,
         image_token: str = "<image>",
         end_of_chunk_token: str = "<EOC>",
+        fps: int | float | None = None,
+        num_frames: int | None = None,
     ) -> None:
+        self.image_token_id = special_token_id(tokenizer, image_token)
+        special_token_id(tokenizer, end_of_chunk_token)
+        if chat_template is None:
+            chat_template = default_chat_template(tokenizer, image_token, end_of_chunk_token)
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
         self.image_token = image_token
         self.end_of_chunk_token = end_of_chunk_token
-        self.image_token_id = special_token_id(tokenizer, image_token)
-        special_token_id(tokenizer, end_of_chunk_token)
+        _check_sampling(fps, num_frames)
+        self.fps = fps
+        self.num_frames = num_frames
 
     @property
     def model_input_names(self) -> list[str]:
@@ -191,27 +249,37 @@ class FlamingoProcessor(ProcessorMixin):
         images: Any = None,
         text: str | Sequence[str] | None = None,
         videos: Any = None,
-        *,
-        padding: bool | str = True,
-        return_tensors: str | None = "pt",
+        audio: Any = None,
         **kwargs: Any,
     ) -> BatchFeature:
         """Prepare a text, or a batch of them.
 
         Args:
             images: The media of the texts, in the order of their `<image>` tokens. Each is an image (a PIL image, a
-                numpy array, a tensor or a path) or a video: a list of such images, or an array with one more axis in
-                front.
+                numpy array, a tensor or a path) or a video: a list of such images, an array with one more axis in
+                front, a path that ends as those of videos do (`.mp4`, `.mkv`, `.webm`, ...), or any other one as
+                `VideoFile(path)`.
 
                 - One list a text: `[[cat, dog], []]`. `[[[frame, frame, frame]]]` is one text with one video.
                 - One list for all texts, dealt out as the texts ask: `[cat, dog]`.
                 - A single image, for a single text.
             text: The texts. Required.
             videos: Instead of `images` where all media are videos: `[[frame, frame], [frame]]`, or one such list a
-                text.
-            padding: As the tokenizer takes it. Choose the side with `padding_side`; generating wants `"left"`.
-            return_tensors: `"pt"` or `"np"`.
-            **kwargs: Passed on to the tokenizer, e.g. `truncation`, `max_length`, `padding_side`.
+                text. Each path is a video file.
+            audio: There is none.
+            **kwargs: These, and the tokenizer's `add_special_tokens`, `truncation`, `max_length`,
+                `pad_to_multiple_of` and `return_...`. They can also stand in `text_kwargs`, `videos_kwargs` or
+                `common_kwargs`, as elsewhere in transformers.
+
+                - `padding`: As the tokenizer takes it, True if not given. Choose the side with `padding_side`;
+                  generating wants `"left"`.
+                - `return_tensors`: `"pt"`, the default, or `"np"`; None gives lists, with an array of pixels a text.
+                - `fps`: Take this many frames of each second of a video file: those shown after 0, 1/fps, 2/fps, ...
+                  seconds. Frames that are given as such have no times: an error.
+                - `num_frames`: Take this many frames of each video, at the starts of parts of equal length; all where
+                  it has no more. This goes for frames that are given as such, too.
+                - `do_sample_frames`: False: take all frames. True: treat frames that are given as such as those of
+                  files. None, the default: take all that are given as such, unless `num_frames` is given.
 
         Returns:
             `input_ids` and `attention_mask`, (batch, text); if there are media, `pixel_values`, (batch, media, frames,
@@ -220,9 +288,18 @@ class FlamingoProcessor(ProcessorMixin):
         Raises:
             ValueError: If a row's `<image>` tokens and media do not agree in number, also after truncation, or
                 something is of the wrong kind.
+            TypeError: If an option is unknown; the message names the nearest one.
+            ImportError: If there is a video file, and PyAV is missing.
         """
-        if return_tensors not in ("pt", "np"):
-            raise ValueError(f'return_tensors must be "pt" or "np", got {return_tensors!r}')
+        if audio is not None:
+            raise ValueError("a Flamingo takes text, images and videos; got audio")
+        options = {"padding": True, "return_token_type_ids": False, **_flatten_options(kwargs)}
+        sampling = _Sampling.choose(
+            options.pop("fps", None), options.pop("num_frames", None), options.pop("do_sample_frames", None), self
+        )
+        return_tensors = options.pop("return_tensors", "pt")
+        if return_tensors not in ("pt", "np", None):
+            raise ValueError(f'return_tensors must be "pt", "np" or None, got {return_tensors!r}')
         if isinstance(text, str):
             text = [text]
         if not isinstance(text, list | tuple) or not text or not all(isinstance(row, str) for row in text):
@@ -231,39 +308,193 @@ class FlamingoProcessor(ProcessorMixin):
             )
         if images is not None and videos is not None:
             raise ValueError("give images and videos together as images, in the order of their <image> tokens")
-        counts = [row.count(self.image_token) for row in text]
-        rows = _media_by_row(images if videos is None else videos, counts, are_videos=videos is not None)
-        for row, (count, media) in enumerate(zip(counts, rows, strict=True)):
-            if count != len(media):
+        counts = self._count_image_tokens(text, options)
+        media = _find_files(images, all_paths=False) if videos is None else _find_files(videos, all_paths=True)
+        rows = _media_by_row(media, counts, are_videos=videos is not None)
+        for row, (count, found) in enumerate(zip(counts, rows, strict=True)):
+            if count != len(found):
                 raise ValueError(
-                    f"row {row} has {count} {self.image_token} tokens but {len(media)} media; every image or video "
+                    f"row {row} has {count} {self.image_token} tokens but {len(found)} media; every image or video "
                     f"needs exactly one {self.image_token} in its text (a video in images is a list of frames)"
                 )
-        kwargs.setdefault("return_token_type_ids", False)
-        data = dict(self.tokenizer(list(text), padding=padding, return_tensors=return_tensors, **kwargs))
-        kept = (np.asarray(data["input_ids"]) == self.image_token_id).sum(1)
-        for row, (count, left) in enumerate(zip(counts, kept.tolist(), strict=True)):
+        data = dict(self.tokenizer(list(text), return_tensors=return_tensors, **options))
+        kept = [np.sum(np.asarray(ids) == self.image_token_id) for ids in data["input_ids"]]
+        for row, (count, left) in enumerate(zip(counts, kept, strict=True)):
             if count != left:
                 raise ValueError(
                     f"row {row} has {count} {self.image_token} tokens, but {left} after tokenization; truncation must "
                     "not cut a medium from its token: raise max_length, or drop whole examples"
                 )
         if any(counts):
-            data |= self._transform(rows)
+            data |= self._transform(rows, sampling, as_lists=return_tensors is None)
         return BatchFeature(data, tensor_type=return_tensors)
 
-    def _transform(self, rows: list[list[list[Any]]]) -> dict[str, Tensor]:
-        """Transform all frames at once, and pad media and frames with zeros."""
-        frames = [frame for media in rows for medium in media for frame in medium]
-        pixels = self.image_processor(frames)["pixel_values"]
+    def apply_chat_template(  # type: ignore[override] # the other arguments are passed on by name
+        self,
+        conversation: Any,
+        chat_template: str | None = None,
+        *,
+        tokenize: bool = False,
+        return_tensors: str | None = "auto",
+        processor_kwargs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Write a conversation, or a batch of them, as text for the model.
+
+        Args:
+            conversation: Messages as in transformers. Their content is a text, or a list of parts:
+
+                - `{"type": "text", "text": "..."}`
+                - `{"type": "image", "image": image}`, or `"path"`, `"url"`, `"base64"`
+                - `{"type": "video", "video": video}`, or `"path"`, `"url"`, `"base64"`; every path is a video file, a
+                  list is one of frames
+
+                Only here, an address that begins with `http` is fetched. In the text, a medium becomes an `<image>`
+                token, whether it is an image or a video.
+            chat_template: Another one than `processor.chat_template`, or the name of one of several.
+            tokenize: Whether to return what `__call__` returns, not the text.
+            return_tensors: As in `__call__`.
+            processor_kwargs: What `__call__` takes, e.g. `{"num_frames": 8}`. These can also be given directly.
+            **kwargs: As in transformers, e.g. `add_generation_prompt`, `return_dict` (without it, there are `input_ids`
+                only), `return_assistant_tokens_mask`; and what the template takes.
+
+        Raises:
+            ValueError: If a medium cannot be fetched, or for what `__call__` raises it.
+        """
+        known = {*_OPTIONS, "common_kwargs", *_ALL_OPTIONS} - {"sanitize_control_tokens"}
+        direct = _flatten_options({name: kwargs.pop(name) for name in [*kwargs] if name in known})
+        options = _flatten_options({**direct, "common_kwargs": _flatten_options(processor_kwargs or {})})
+        if return_tensors != "auto":
+            options["return_tensors"] = return_tensors
+        options.setdefault("return_tensors", "pt")
+        is_batch = bool(conversation) and (
+            isinstance(conversation[0], list | tuple) or hasattr(conversation[0], "messages")
+        )
+        conversations = collect_media(conversation if is_batch else [conversation], load=tokenize)
+        result: Any = super().apply_chat_template(
+            conversations if is_batch else conversations[0],
+            chat_template,
+            tokenize=tokenize,
+            return_tensors=options["return_tensors"],
+            processor_kwargs=options,
+            **kwargs,
+        )
+        if isinstance(result, BatchFeature) and "assistant_masks" in result and not options.get("truncation"):
+            _check_masks(result["assistant_masks"], conversations)
+        return result
+
+    def _count_image_tokens(self, text: Sequence[str], options: Mapping[str, Any]) -> list[int]:
+        if options.get("sanitize_control_tokens"):  # some <image> are meant as text; only the tokenizer knows which
+            ids = self.tokenizer(list(text), add_special_tokens=False, sanitize_control_tokens=True)["input_ids"]
+            return [row.count(self.image_token_id) for row in ids]
+        return [row.count(self.image_token) for row in text]
+
+    def _transform(
+        self, rows: Sequence[Sequence["_Medium"]], sampling: "_Sampling", *, as_lists: bool
+    ) -> dict[str, Any]:
+        """Transform all frames, and pad media and frames with zeros."""
         num_frames = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
-        for row, media in enumerate(rows):
-            num_frames[row, : len(media)] = torch.tensor([len(medium) for medium in media], dtype=torch.long)
+
+        def frames() -> Iterator[tuple[str, Any]]:
+            for row, media in enumerate(rows):
+                for i, medium in enumerate(media):
+                    name = _name(row, i)
+                    try:
+                        for frame in sampling.frames(medium):
+                            is_image = not isinstance(medium, VideoFile) and len(medium) == 1
+                            yield name if is_image else f"{name}, frame {num_frames[row, i]}", frame
+                            num_frames[row, i] += 1
+                    except ValueError as error:
+                        raise ValueError(f"{name}: {error}") from error
+
+        pixels = self.image_processor.transform(frames())
         longest = int(num_frames.max())
         is_real = torch.arange(longest) < num_frames[..., None]
         pixel_values = pixels.new_zeros(*is_real.shape, *pixels.shape[1:])
         pixel_values[is_real] = pixels
+        if as_lists:
+            return {"pixel_values": list(pixel_values.numpy()), "num_frames": num_frames.tolist()}
         return {"pixel_values": pixel_values, "num_frames": num_frames}
+
+
+def _check_masks(masks: Any, conversations: Sequence[Any]) -> None:
+    """Nothing is learned where no token is marked, which transformers does not say."""
+    for row, (mask, messages) in enumerate(zip(masks, conversations, strict=True)):
+        if any(message["role"] == "assistant" for message in messages) and not np.any(np.asarray(mask)):
+            raise ValueError(
+                f"row {row} has answers, but none of their tokens is found; mark them in the chat template with "
+                "{% generation %}, and take the newest transformers, as older ones lose answers that begin with a space"
+            )
+
+
+def _flatten_options(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Take options out of the dictionaries that transformers sorts them into, and look for unknown ones."""
+    groups = {**_OPTIONS, "common_kwargs": _ALL_OPTIONS}
+    options = {name: value for name, value in kwargs.items() if name not in groups}
+    _check_names(options, _ALL_OPTIONS)
+    for group, names in groups.items():
+        given = kwargs.get(group) or {}
+        _check_names(given, names)
+        for name, value in given.items():
+            if options.setdefault(name, value) != value:
+                raise TypeError(f"{name} is given twice, as {options[name]!r} and as {value!r}")
+    if options.pop("return_mm_token_type_ids", None):
+        raise ValueError("a Flamingo takes no types of tokens; leave out return_mm_token_type_ids")
+    options.pop("return_text_replacement_offsets", None)  # each medium is one token, before and after
+    return options
+
+
+def _check_names(options: Mapping[str, Any], known: Iterable[str]) -> None:
+    for name in options:
+        if name not in known:
+            nearest = get_close_matches(name, known, n=1)
+            hint = f"did you mean {nearest[0]}?" if nearest else f"known are {', '.join(sorted(known))}"
+            raise TypeError(f"FlamingoProcessor got an unexpected keyword argument {name!r}; {hint}")
+
+
+def _check_sampling(fps: Any, num_frames: Any) -> None:
+    if fps is not None and num_frames is not None:
+        raise ValueError(f"fps and num_frames exclude each other, got {fps} and {num_frames}; give one of them")
+    if fps is not None and (isinstance(fps, bool) or not isinstance(fps, int | float) or not 0 < fps < float("inf")):
+        raise ValueError(f"fps must be a positive number, got {fps!r}")
+    if num_frames is not None and (isinstance(num_frames, bool) or not isinstance(num_frames, int) or num_frames < 1):
+        raise ValueError(f"num_frames must be a positive integer, got {num_frames!r}")
+
+
+class _Sampling(NamedTuple):
+    """Which frames of a video to take; all, where neither is given."""
+
+    fps: int | float | None
+    num_frames: int | None
+    also_of_given_frames: bool
+
+    @classmethod
+    def choose(
+        cls, fps: Any, num_frames: Any, do_sample_frames: bool | None, processor: FlamingoProcessor
+    ) -> "_Sampling":
+        _check_sampling(fps, num_frames)
+        if do_sample_frames is None:
+            do_sample_frames = None if fps is None and num_frames is None else True
+        elif not do_sample_frames:
+            if fps is not None or num_frames is not None:
+                raise ValueError("do_sample_frames=False takes all frames; leave out fps and num_frames")
+            return cls(None, None, False)
+        if fps is None and num_frames is None:
+            fps, num_frames = processor.fps, processor.num_frames
+        return cls(1.0 if fps is None and num_frames is None else fps, num_frames, bool(do_sample_frames))
+
+    def frames(self, medium: "_Medium") -> Iterable[Any]:
+        if isinstance(medium, VideoFile):
+            return medium.frames(fps=self.fps, num_frames=self.num_frames)
+        count = len(medium)
+        if not self.also_of_given_frames or count == 1:
+            return medium
+        if self.num_frames is None:
+            raise ValueError(
+                "fps needs times, but frames that are given as such have none; give num_frames, or the video's file"
+            )
+        count = min(count, self.num_frames)
+        return (medium[i * len(medium) // count] for i in range(count))
 
 
 def special_token_id(tokenizer: Any, token: str) -> int:
@@ -296,36 +527,57 @@ def _is_added_as_special(tokenizer: Any, token_id: int) -> bool:
     return added is not None and bool(added.special)
 
 
-def _media_by_row(media: Any, counts: Sequence[int], *, are_videos: bool) -> list[list[list[Any]]]:
-    """Sort media into rows of media of frames."""
+_Medium = VideoFile | Sequence[Any]  # a video's file, or frames; an image has one
+
+
+def _find_files(media: Any, *, all_paths: bool) -> Any:
+    """Tell paths of videos from those of images."""
+    if isinstance(media, str | Path):
+        return VideoFile(media) if all_paths or has_video_suffix(media) else media
+    if isinstance(media, list | tuple):
+        return [_find_files(medium, all_paths=all_paths) for medium in media]
+    return media
+
+
+def _media_by_row(media: Any, counts: Sequence[int], *, are_videos: bool) -> list[list[_Medium]]:
+    """Sort media into rows."""
     if media is None:
         return [[] for _ in counts]
     is_medium = _is_video if are_videos else _is_image
-    if is_medium(media):
+    if is_medium(media) or isinstance(media, VideoFile):
         media = [media]
     elif isinstance(media, np.ndarray | Tensor) and media.ndim > 3:
         media = list(media)
     if not isinstance(media, list | tuple):
-        wanted = "videos must be lists of frames" if are_videos else f"images must be {_KINDS}, or lists of them"
+        wanted = (
+            "videos must be lists of frames or video files"
+            if are_videos
+            else f"images must be {_KINDS}, or lists of them"
+        )
         raise ValueError(f"{wanted}, got {_kind(media)}")
     if media and all(row is None or (isinstance(row, list | tuple) and not is_medium(row)) for row in media):
         if len(media) != len(counts):
             raise ValueError(f"there are {len(counts)} texts, but media for {len(media)}; give one list a text")
-        return [[_frames(medium) for medium in row or ()] for row in media]
-    flat = [_frames(medium) for medium in media]
-    if len(counts) == 1:
-        return [flat]
-    if len(flat) != sum(counts):
-        raise ValueError(
-            f"the texts have {sum(counts)} <image> tokens ({', '.join(map(str, counts))} by row), but there are "
-            f"{len(flat)} media; give one list of media a text to see which row is wrong"
-        )
-    remaining = iter(flat)
-    return [[next(remaining) for _ in range(count)] for count in counts]
+        rows = [list(row or ()) for row in media]
+    elif len(counts) == 1:
+        rows = [list(media)]
+    else:
+        if len(media) != sum(counts):
+            raise ValueError(
+                f"the texts have {sum(counts)} <image> tokens ({', '.join(map(str, counts))} by row), but there are "
+                f"{len(media)} media; give one list of media a text to see which row is wrong"
+            )
+        remaining = iter(media)
+        rows = [[next(remaining) for _ in range(count)] for count in counts]
+    return [[_frames(medium, _name(row, i)) for i, medium in enumerate(found)] for row, found in enumerate(rows)]
+
+
+def _name(row: int, medium: int) -> str:
+    return f"row {row}, medium {medium}"
 
 
 def _is_image(value: Any) -> bool:
-    return isinstance(value, Image.Image | str | Path) or (
+    return isinstance(value, Image.Image | str | Path | BytesIO) or (
         isinstance(value, np.ndarray | Tensor) and value.ndim in (2, 3)
     )
 
@@ -336,15 +588,19 @@ def _is_video(value: Any) -> bool:
     return isinstance(value, list | tuple) and len(value) > 0 and all(map(_is_image, value))
 
 
-def _frames(medium: Any) -> list[Any]:
+def _frames(medium: Any, name: str) -> _Medium:
     """Give the frames of a medium; an image has one."""
+    if isinstance(medium, VideoFile):
+        return medium
     if _is_image(medium):
         return [medium]
     if (isinstance(medium, list | tuple) or _is_video(medium)) and not len(medium):
-        raise ValueError("a video must have at least one frame, got none")
+        raise ValueError(f"{name}: a video must have at least one frame, got none")
     if _is_video(medium):
         return list(medium)
-    raise ValueError(f"an image must be {_KINDS}, a video a list of such images, got {_kind(medium)}")
+    raise ValueError(
+        f"{name}: an image must be {_KINDS}, a video a list of such images or a video file, got {_kind(medium)}"
+    )
 
 
 def _kind(value: Any) -> str:
@@ -354,7 +610,7 @@ def _kind(value: Any) -> str:
 
 def _load(image: Any, channels: int) -> Image.Image:
     """Bring an image to an upright PIL image of 8 bits, in colour or grey."""
-    if isinstance(image, str | Path):
+    if isinstance(image, str | Path | BytesIO):
         image = _open(image)
     elif isinstance(image, np.ndarray | Tensor):
         image = _from_array(image)
@@ -377,17 +633,17 @@ def _load(image: Any, channels: int) -> Image.Image:
     return image.convert("L" if channels == 1 else "RGB")
 
 
-def _open(path: str | Path) -> Image.Image:
+def _open(source: str | Path | BytesIO) -> Image.Image:
     """Read a whole file here, so that a damaged one is named."""
-    name = repr(str(path)[:200])
+    name = "what was fetched" if isinstance(source, BytesIO) else repr(str(source)[:200])
     try:
-        is_file = Path(path).is_file()
+        is_file = isinstance(source, BytesIO) or Path(source).is_file()
     except OSError:  # longer than a path can be
         is_file = False
     if not is_file:
         raise ValueError(f"there is no image file {name}; images are never fetched from elsewhere, load it first")
     try:
-        with Image.open(path) as image:
+        with Image.open(source) as image:
             return image.copy()
     except Exception as error:  # decoders raise errors of many kinds
         raise ValueError(f"{name} cannot be read as an image: {error}") from error

@@ -50,6 +50,8 @@ MEDIA_CACHE = "flamingo_blocks/media_cache.py"
 CONFIGURATION = "flamingo_blocks/configuration_flamingo.py"
 MODELING = "flamingo_blocks/modeling_flamingo.py"
 GENERATION = "flamingo_blocks/generation_flamingo.py"
+VIDEO = "flamingo_blocks/video.py"
+CHAT = "flamingo_blocks/chat.py"
 PROCESSING = "flamingo_blocks/processing_flamingo.py"
 BUILDER = "flamingo_blocks/builder.py"
 ADAPTER = "flamingo_blocks/adapter.py"
@@ -909,6 +911,142 @@ MUTANTS = [
         "tests/test_processing_flamingo.py::test_truncation_must_not_cut_a_medium",
     ),
     Mutant(
+        "frames of a video are those shown at equal intervals",
+        "they are counted, not timed",
+        VIDEO,
+        "if told is not None and (shown is None or told > time):",
+        "if False:",
+        "tests/test_video.py::test_frames_are_those_shown_at_equal_intervals",
+    ),
+    Mutant(
+        "frames of a video are those shown at equal intervals",
+        "each is the one after",
+        VIDEO,
+        "times[0] < time:",
+        "times[0] <= time:",
+        "tests/test_video.py::test_frames_are_those_shown_at_equal_intervals",
+    ),
+    Mutant(
+        "a number of frames is spread evenly",
+        "the last part is left out",
+        VIDEO,
+        "span.duration / num_frames,",
+        "span.duration / (num_frames + 1),",
+        "tests/test_video.py::test_a_number_of_frames_is_spread_evenly",
+    ),
+    Mutant(
+        "videos are turned upright",
+        "mirrored ones are not",
+        VIDEO,
+        "    (-1, 0, 0, 1): Image.Transpose.FLIP_LEFT_RIGHT,\n",
+        "",
+        "tests/test_video.py::test_videos_are_turned_upright",
+    ),
+    Mutant(
+        "a file that cannot be read to its end is refused",
+        "nobody looks at what the container says",
+        VIDEO,
+        "if declared is not None and duration <",
+        "if declared is None and duration <",
+        "tests/test_video.py::test_a_file_that_cannot_be_read_to_its_end_is_refused_by_name",
+    ),
+    Mutant(
+        "a file that cannot be read to its end is refused",
+        "nobody looks at what the packets say",
+        VIDEO,
+        "        if packet.is_corrupt:",
+        "        if False:",
+        "tests/test_video.py::test_a_file_that_cannot_be_read_to_its_end_is_refused_by_name",
+    ),
+    Mutant(
+        "a video file opens no others",
+        "playlists are followed",
+        VIDEO,
+        'options = {"protocol_whitelist": "none"}',
+        "options: dict[str, str] = {}",
+        "tests/test_video.py::test_a_file_that_cannot_be_read_to_its_end_is_refused_by_name",
+    ),
+    Mutant(
+        "no frame of a video is held that is not asked for",
+        "all are made images",
+        VIDEO,
+        "        shown = frame\n",
+        "        shown = frame\n        _upright(frame)\n",
+        "tests/test_video.py::test_no_other_frames_are_made_images",
+    ),
+    Mutant(
+        "the k-th `<image>` of a chat gets the k-th medium",
+        "images and videos are collected separately, as transformers does",
+        CHAT,
+        'return {"type": "image", "image": medium}',
+        'return {"type": kind, kind: medium}',
+        "tests/test_chat.py::test_the_kth_image_token_gets_the_kth_medium",
+    ),
+    Mutant(
+        "a template that knows text only sees media as text",
+        "it sees a list",
+        CHAT,
+        "        return image_token in tokenizer.apply",
+        "        return True or image_token in tokenizer.apply",
+        "tests/test_chat.py::test_a_template_that_knows_text_only_sees_media_as_text",
+    ),
+    Mutant(
+        "a growing chat starts with what was there before",
+        "an answer does not end as it was generated",
+        CHAT,
+        "text_of(message['content']) ~ END_OF_CHUNK",
+        "text_of(message['content'])",
+        "tests/test_chat.py::test_a_growing_dialogue_starts_with_what_was_there_before",
+    ),
+    Mutant(
+        "the suffix tells a video from an image",
+        "all paths are images",
+        PROCESSING,
+        "all_paths or has_video_suffix(media)",
+        "all_paths",
+        "tests/test_processing_flamingo.py::test_images_and_files_of_both_kinds_stand_in_the_order_of_their_tokens",
+    ),
+    Mutant(
+        "given frames are taken evenly",
+        "the first are taken",
+        PROCESSING,
+        "medium[i * len(medium) // count]",
+        "medium[i]",
+        "tests/test_processing_flamingo.py::test_frames_that_are_given_are_all_taken_unless_a_number_is_asked_for",
+    ),
+    Mutant(
+        "a misspelt option is an error",
+        "it is ignored",
+        PROCESSING,
+        "        if name not in known:",
+        "        if False:",
+        "tests/test_processing_flamingo.py::test_an_option_that_is_unknown_or_given_twice_is_refused",
+    ),
+    Mutant(
+        "a damaged file is named by row, medium and frame",
+        "it is named by its number in the batch",
+        PROCESSING,
+        'yield name if is_image else f"{name}, frame {num_frames[row, i]}", frame',
+        'yield f"image {int(num_frames.sum())}", frame',
+        "tests/test_processing_flamingo.py::test_a_damaged_file_is_refused_by_row_medium_and_frame",
+    ),
+    Mutant(
+        "answers whose tokens are not marked are an error",
+        "nobody looks",
+        PROCESSING,
+        '            _check_masks(result["assistant_masks"], conversations)\n',
+        "            pass\n",
+        "tests/test_chat.py::test_answers_that_no_template_marks_are_an_error",
+    ),
+    Mutant(
+        "a pipeline gives what processor and model give by hand",
+        "a single dialogue loses its media",
+        PROCESSING,
+        "collect_media(conversation if is_batch else [conversation], load=tokenize)",
+        "collect_media(conversation if is_batch else [conversation], load=is_batch)",
+        "tests/test_pipeline.py::test_a_dialogue",
+    ),
+    Mutant(
         "a user's tokenizer is left alone",
         "it gets the new tokens",
         BUILDER,
@@ -1010,7 +1148,7 @@ README = """\
 # Tests
 
 They mirror the package. `strategies.py` says what hypothesis draws, `reference.py` holds the slow versions that the
-library is compared with, `tiny_language_models.py` and `tiny_flamingo.py` the models.
+library is compared with, `tiny_language_models.py` and `tiny_flamingo.py` the models, `tiny_videos.py` the videos.
 
 `make test` runs pytest twice: with run-time checks of all annotated shapes, then, without them, the tests with the
 marker `unchecked`: torch.compile, and our own errors about shapes. `make test-long` draws 2,000 examples a law;

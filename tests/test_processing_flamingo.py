@@ -1,5 +1,5 @@
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from transformers import AutoImageProcessor, AutoProcessor, BatchFeature, PreTra
 
 from flamingo_blocks import FlamingoProcessor
 from flamingo_blocks.processing_flamingo import FlamingoImageProcessor, special_token_id
+from flamingo_blocks.video import VideoFile
+from tests.tiny_videos import write_video
 
 timm_data: Any = timm.data  # which has no types
 WORDS = ("?", "a", "b", "cat", "dog", "image")
@@ -64,6 +66,7 @@ def make_processor() -> FlamingoProcessor:
     return FlamingoProcessor(make_image_processor(), make_tokenizer())
 
 
+NAMED = {"default": "{{ messages[0]['content'] }}", "other": "{{ messages[1]['content'] }}"}
 CAT, DOG, EEL = picture(0), picture(1), picture(2)
 
 
@@ -393,6 +396,170 @@ def test_text_alone_gives_no_pixels(media: Any) -> None:
     assert inputs["input_ids"].tolist() == [[1, 3], [2, 0]]
 
 
+# The processor: videos
+
+
+def frames_of(path: Path, *indices: int) -> list[Image.Image]:
+    frames = list(VideoFile(path).frames())
+    return [frames[i] for i in indices]
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """One of 2.5 seconds, another of half a second; ten frames a second."""
+    folder = tmp_path_factory.mktemp("clips")
+    return write_video(folder / "long.mp4", 25), write_video(folder / "short.mkv", 5)
+
+
+@pytest.mark.parametrize(
+    "options, long, short",
+    [
+        ({}, (0, 10, 20), (0,)),
+        ({"fps": 2}, (0, 5, 10, 15, 20), (0,)),
+        ({"fps": 0.5}, (0, 20), (0,)),
+        ({"num_frames": 2}, (0, 12), (0, 2)),
+        ({"num_frames": 6}, (0, 4, 8, 12, 16, 20), (0, 1, 2, 3, 4)),
+        ({"do_sample_frames": True}, (0, 10, 20), (0,)),
+        ({"do_sample_frames": False}, range(25), range(5)),
+    ],
+)
+def test_a_video_file_gives_the_frames_asked_for(
+    options: dict[str, Any], long: Sequence[int], short: Sequence[int], clips: tuple[Path, Path]
+) -> None:
+    expected = make_processor()(
+        text=["<image>", "<image>"], videos=[[frames_of(clips[0], *long)], [frames_of(clips[1], *short)]]
+    )
+    assert expected["num_frames"].tolist() == [[len(long)], [len(short)]]
+    assert_same(make_processor()(text=["<image>", "<image>"], videos=clips, **options), expected)
+    processor = FlamingoProcessor(make_image_processor(), make_tokenizer(), **without(options, "do_sample_frames"))
+    assert_same(processor(text=["<image>", "<image>"], videos=clips, **only(options, "do_sample_frames")), expected)
+
+
+def only(options: dict[str, Any], name: str) -> dict[str, Any]:
+    return {key: value for key, value in options.items() if key == name}
+
+
+def without(options: dict[str, Any], name: str) -> dict[str, Any]:
+    return {key: value for key, value in options.items() if key != name}
+
+
+@pytest.mark.parametrize("path_type", [str, Path])
+def test_videos_are_paths_in_every_layout(path_type: Callable[[Path], Any], clips: tuple[Path, Path]) -> None:
+    long, short = map(path_type, clips)
+    processor = make_processor()
+    one = processor(text="<image>", videos=[[frames_of(clips[0], 0, 10, 20)]])
+    for videos in (long, [long], [[long]], (long,), VideoFile(long)):
+        assert_same(processor(text="<image>", videos=videos), one)
+    for images in (long, [long], [[long]], VideoFile(long)):
+        assert_same(processor(text="<image>", images=images), one)
+    two = processor(text=["<image><image>"], images=[[frames_of(clips[0], 0, 10, 20), frames_of(clips[1], 0)]])
+    assert_same(processor(text="<image><image>", videos=[long, short]), two)
+    assert_same(processor(text="<image><image>", videos=[[long, short]]), two)
+    mixed = processor(text=["<image>", "<image>"], videos=[[[CAT, DOG]], [frames_of(clips[1], 0)]])
+    assert_same(processor(text=["<image>", "<image>"], videos=[[CAT, DOG], short]), mixed)
+
+
+def test_images_and_files_of_both_kinds_stand_in_the_order_of_their_tokens(
+    clips: tuple[Path, Path], tmp_path: Path
+) -> None:
+    CAT.save(tmp_path / "cat.png")
+    images: Any = [[clips[0], tmp_path / "cat.png", DOG], [[EEL, CAT], str(clips[1])]]
+    inputs = make_processor()(text=["<image>a<image><image>", "<image><image>"], images=images)
+    assert inputs["num_frames"].tolist() == [[3, 1, 1], [2, 1, 0]]
+    assert torch.equal(inputs["pixel_values"][0, 0], pixels_of(*frames_of(clips[0], 0, 10, 20)))
+    assert torch.equal(inputs["pixel_values"][0, 1:, 0], pixels_of(CAT, DOG))
+    assert torch.equal(inputs["pixel_values"][1, 0, :2], pixels_of(EEL, CAT))
+    assert torch.equal(inputs["pixel_values"][1, 1, :1], pixels_of(*frames_of(clips[1], 0)))
+
+
+def test_the_suffix_tells_a_video_from_an_image(tmp_path: Path) -> None:
+    """An animated picture is its first frame among images, and a video where all are videos."""
+    path = write_video(tmp_path / "moving.gif", 25)
+    processor = make_processor()
+    with Image.open(path) as image:
+        assert_same(processor(text="<image>", images=path), processor(text="<image>", images=image))
+    assert processor(text="<image>", videos=path)["num_frames"].tolist() == [[3]]
+    assert processor(text="<image>", images=[VideoFile(path)])["num_frames"].tolist() == [[3]]
+
+
+@pytest.mark.parametrize("form", ["list", "array", "tensor"])
+def test_frames_that_are_given_are_all_taken_unless_a_number_is_asked_for(form: str) -> None:
+    seven = [picture(i) for i in range(7)]
+    processor = make_processor()
+
+    def taken(**options: Any) -> Tensor:
+        medium = make_medium(form, seven)
+        return processor(text="<image><image>", images=[[medium, CAT]], **options)["pixel_values"]
+
+    for options in ({}, {"num_frames": 7}, {"num_frames": 9}, {"do_sample_frames": False}):
+        assert torch.equal(taken(**options)[0, 0], pixels_of(*seven)), options
+    three = taken(num_frames=3)
+    assert torch.equal(three[0, 0], pixels_of(seven[0], seven[2], seven[4]))
+    assert torch.equal(three[0, 1, :1], pixels_of(CAT))
+    assert torch.equal(taken(num_frames=1)[0, :, 0], pixels_of(seven[0], CAT))
+    processor = FlamingoProcessor(make_image_processor(), make_tokenizer(), num_frames=3)
+    assert torch.equal(taken()[0, 0], pixels_of(*seven)), "what is set once is for files"
+    assert torch.equal(taken(do_sample_frames=True), three)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"fps": 1, "num_frames": 2}, "fps and num_frames exclude each other, got 1 and 2; give one of them"),
+        ({"fps": 0}, "fps must be a positive number, got 0"),
+        ({"fps": float("nan")}, "fps must be a positive number, got nan"),
+        ({"fps": float("inf")}, "fps must be a positive number, got inf"),
+        ({"fps": "1"}, "fps must be a positive number, got '1'"),
+        ({"num_frames": 0}, "num_frames must be a positive integer, got 0"),
+        ({"num_frames": 2.0}, r"num_frames must be a positive integer, got 2.0"),
+        ({"num_frames": True}, "num_frames must be a positive integer, got True"),
+        (
+            {"fps": 1, "do_sample_frames": False},
+            "do_sample_frames=False takes all frames; leave out fps and num_frames",
+        ),
+        ({"fps": 1}, "row 1, medium 1: fps needs times, but frames that are given as such have none; give num_frames"),
+        ({"do_sample_frames": True}, "row 1, medium 1: fps needs times"),
+    ],
+)
+def test_what_cannot_be_sampled_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_processor()(text=["a", "<image><image>"], images=[[], [CAT, [DOG, EEL]]], **options)
+
+
+@pytest.mark.unchecked
+@pytest.mark.parametrize("settings", [{"fps": 1, "num_frames": 2}, {"fps": -1}, {"num_frames": 0}])
+def test_a_processor_that_cannot_sample_is_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"fps|num_frames"):
+        FlamingoProcessor(make_image_processor(), make_tokenizer(), **settings)
+
+
+def test_a_damaged_file_is_refused_by_row_medium_and_frame(clips: tuple[Path, Path], tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged.png"
+    picture(0, 60, 60).save(damaged)
+    damaged.write_bytes(damaged.read_bytes()[:200])
+    video = tmp_path / "damaged.mkv"
+    video.write_bytes(clips[1].read_bytes()[:200])
+    for medium, message in (
+        (damaged, r"row 1, medium 1: '.*damaged.png' cannot be read as an image: .*truncated"),
+        ([CAT, DOG, damaged], r"row 1, medium 1, frame 2: '.*damaged.png' cannot be read as an image"),
+        (video, r"row 1, medium 1: '.*damaged.mkv' cannot be read as a video"),
+        ([CAT, video], r"row 1, medium 1: an image must be .* got list"),
+        ([], r"row 1, medium 1: a video must have at least one frame, got none"),
+    ):
+        with pytest.raises(ValueError, match=f"^{message}"):
+            make_processor()(text=["<image>", "<image><image>"], images=[[CAT], [DOG, medium]])
+        if medium:
+            with pytest.raises(ValueError, match=f"^{message}"):
+                make_processor()(text=["<image>", "<image><image>"], images=[CAT, DOG, medium])
+
+
+def test_a_decompression_bomb_is_refused_by_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    CAT.save(tmp_path / "cat.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    with pytest.raises(ValueError, match=r"^row 1, medium 0: '.*cat.png' cannot be .* decompression bomb"):
+        make_processor()(text=["a", "<image>"], images=[[], [tmp_path / "cat.png"]])
+
+
 # The processor: text
 
 
@@ -437,32 +604,137 @@ def test_truncation_may_cut_text_behind_the_last_medium() -> None:
     assert inputs["input_ids"].tolist() == [[1, 6]]
 
 
+@pytest.mark.parametrize("in_chat", [False, True])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("padding", [True, "max_length"])
+def test_truncation_never_cuts_a_medium_from_its_token(padding: Any, side: str, in_chat: bool) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.truncation_side = side
+    template = "{% for message in messages %}{% for part in message['content'] %}{{ part['text'] or '<image>' }}"
+    template += "{% endfor %}{% endfor %}"
+    processor = FlamingoProcessor(make_image_processor(), tokenizer, chat_template=template)
+
+    def encode(max_length: int) -> Any:
+        options: dict[str, Any] = {"truncation": True, "max_length": max_length, "padding": padding}
+        if not in_chat:
+            return processor(text="a b<image>cat dog a", images=CAT, **options)
+        content = [
+            {"type": "text", "text": "a b"},
+            {"type": "image", "image": CAT},
+            {"type": "text", "text": "cat dog a"},
+        ]
+        return processor.apply_chat_template(
+            [{"role": "user", "content": content}], tokenize=True, return_dict=True, **options
+        )
+
+    for max_length in range(1, 9):
+        is_kept = max_length >= (4 if side == "left" else 3)
+        if is_kept:
+            assert (encode(max_length)["input_ids"] == processor.image_token_id).sum() == 1
+        else:
+            with pytest.raises(ValueError, match="row 0 has 1 <image> tokens, but 0 after tokenization; truncation"):
+                encode(max_length)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"num_frame": 3}, "unexpected keyword argument 'num_frame'; did you mean num_frames?"),
+        ({"truncate": True}, "unexpected keyword argument 'truncate'; did you mean truncation?"),
+        ({"text_kwargs": {"pading": True}}, "unexpected keyword argument 'pading'; did you mean padding?"),
+        ({"videos_kwargs": {"padding": True}}, "unexpected keyword argument 'padding'"),
+        ({"images_kwargs": {"size": 3}}, "unexpected keyword argument 'size'; known are return_tensors"),
+        ({"text_pair": "<image>"}, "unexpected keyword argument 'text_pair'"),
+        ({"is_split_into_words": True}, "unexpected keyword argument 'is_split_into_words'"),
+        ({"return_overflowing_tokens": True}, "unexpected keyword argument 'return_overflowing_tokens'"),
+        ({"padding": True, "text_kwargs": {"padding": False}}, "padding is given twice, as True and as False"),
+    ],
+)
+def test_an_option_that_is_unknown_or_given_twice_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        make_processor()(text="a", **options)
+    messages = [{"role": "user", "content": "a"}]
+    with pytest.raises(TypeError, match=message):
+        make_processor().apply_chat_template(messages, tokenize=True, processor_kwargs=options)
+    with pytest.raises(TypeError, match=message):
+        make_processor().apply_chat_template(messages, tokenize=True, **options)
+
+
+def test_options_may_stand_where_transformers_sorts_them(clips: tuple[Path, Path]) -> None:
+    arguments: Any = {"text": ["<image>a cat", "a"], "images": [[clips[0]], []]}
+    expected = make_processor()(**arguments, padding_side="left", num_frames=2, return_tensors="np")
+    nested = make_processor()(
+        **arguments,
+        text_kwargs={"padding_side": "left", "return_tensors": "np"},
+        images_kwargs={"return_tensors": "np"},
+        videos_kwargs={"num_frames": 2},
+        common_kwargs={"return_tensors": "np"},
+    )
+    assert nested.keys() == expected.keys()
+    for key in nested:
+        np.testing.assert_array_equal(nested[key], expected[key])
+
+
+def test_without_tensors_there_are_lists() -> None:
+    arguments: Any = {"text": ["<image>a cat", "b"], "images": [[[CAT, DOG]], []]}
+    lists, tensors = (make_processor()(**arguments, return_tensors=kind) for kind in (None, "pt"))
+    assert lists["input_ids"] == tensors["input_ids"].tolist()
+    assert lists["num_frames"] == tensors["num_frames"].tolist() == [[2], [0]]
+    assert [type(pixels) for pixels in lists["pixel_values"]] == [np.ndarray] * 2
+    assert torch.equal(torch.tensor(np.array(lists["pixel_values"])), tensors["pixel_values"])
+    ragged = make_processor()(**arguments, return_tensors=None, padding=False)
+    assert ragged["input_ids"] == [[6, 1, 3], [2]]
+    with pytest.raises(ValueError, match="row 0 has 1 <image> tokens, but 0 after"):
+        make_processor()(**arguments, return_tensors=None, padding=False, truncation=True, max_length=0)
+
+
+def test_sound_is_refused() -> None:
+    with pytest.raises(ValueError, match="a Flamingo takes text, images and videos; got audio"):
+        make_processor()(text="a", audio=[np.zeros(5)])
+
+
 def test_what_was_encoded_is_decoded() -> None:
     processor: Any = make_processor()
     input_ids = processor(text=["<image>a cat<EOC>", "dog"], images=CAT)["input_ids"]
     assert processor.batch_decode(input_ids, skip_special_tokens=True) == ["a cat", "dog"]
     assert processor.decode(input_ids[0]) == "<image> a cat <EOC>"
+    assert processor.post_process_image_text_to_text(input_ids) == ["a cat", "dog"]
+    assert processor.post_process_image_text_to_text(input_ids, skip_special_tokens=False)[0] == "<image> a cat <EOC>"
 
 
 # transformers reads the names of a constructor's arguments in its code, which older jaxtyping hides behind its checks.
 @pytest.mark.unchecked
 @pytest.mark.parametrize("loader", [FlamingoProcessor, AutoProcessor])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"fps": 2}, {"num_frames": 4, "chat_template": "{{ messages[0]['content'] }}"}, {"chat_template": NAMED}],
+)
 @pytest.mark.parametrize("image_token, end_of_chunk_token", [SPECIAL, ("<photo>", "<stop>")])
-def test_a_processor_round_trips(loader: Any, image_token: str, end_of_chunk_token: str, tmp_path: Path) -> None:
+def test_a_processor_round_trips(
+    loader: Any,
+    settings: dict[str, Any],
+    image_token: str,
+    end_of_chunk_token: str,
+    tmp_path: Path,
+    clips: tuple[Path, Path],
+) -> None:
     tokenizer = make_tokenizer((image_token, end_of_chunk_token))
     processor = FlamingoProcessor(
         make_image_processor(crop_pct=0.7),
         tokenizer,
         image_token=image_token,
         end_of_chunk_token=end_of_chunk_token,
+        **settings,
     )
     processor.save_pretrained(tmp_path)
     restored = loader.from_pretrained(tmp_path)
     assert type(restored) is FlamingoProcessor
     assert (restored.image_token, restored.end_of_chunk_token) == (image_token, end_of_chunk_token)
     assert restored.image_token_id == processor.image_token_id
-    text = [f"{image_token}a cat{end_of_chunk_token}{image_token}", "b"]
-    images = [[CAT, [DOG, EEL]], []]
+    assert restored.chat_template == processor.chat_template
+    assert (restored.fps, restored.num_frames) == (settings.get("fps"), settings.get("num_frames"))
+    text = [f"{image_token}a cat{end_of_chunk_token}{image_token}", f"b{image_token}"]
+    images = [[CAT, [DOG, EEL]], [clips[0]]]
     assert_same(restored(text=text, images=images), processor(text=text, images=images))
 
 
@@ -508,13 +780,19 @@ def test_truncation_must_not_cut_a_medium() -> None:
         ({"images": [[as_array(CAT)[:0]]]}, "a video must have at least one frame, got none"),
         ({"videos": [[]]}, "row 0 has 1 <image> tokens but 0 media"),
         ({"videos": [[[CAT], []]]}, "a video must have at least one frame, got none"),
-        ({"videos": CAT}, "videos must be lists of frames, got Image"),
-        ({"videos": torch.zeros(4, 8, 8)}, r"videos must be lists of frames, got Tensor of shape \(4, 8, 8\)"),
+        ({"videos": CAT}, "videos must be lists of frames or video files, got Image"),
+        (
+            {"videos": torch.zeros(4, 8, 8)},
+            r"videos must be lists of frames or video files, got Tensor of shape \(4, 8, 8\)",
+        ),
         ({"images": 3}, r"images must be a PIL image, .* or a path, or lists of them, got int"),
         ({"images": {"cat": CAT}}, "images must be a PIL image, .* or lists of them, got dict"),
         ({"images": torch.tensor(0.5)}, r"images must be a PIL image, .* got Tensor of shape \(\)"),
-        ({"images": [{"cat": CAT}]}, "an image must be a PIL image, .* a video a list of such images, got dict"),
-        ({"images": [[3]]}, "an image must be a PIL image, .* a video a list of such images, got int"),
+        (
+            {"images": [{"cat": CAT}]},
+            "an image must be a PIL image, .* a video a list of such images or a video file, got dict",
+        ),
+        ({"images": [[3]]}, "an image must be a PIL image, .* a video a list of such images or a video file, got int"),
         ({"images": [[np.zeros(5)]]}, r"an image must be .* got ndarray of shape \(5,\)"),
         ({"images": [[[CAT, None]]]}, "an image must be .* got list"),
     ],
@@ -599,7 +877,7 @@ def test_text_of_another_kind_is_refused(text: Any) -> None:
 
 
 def test_other_frameworks_are_refused() -> None:
-    with pytest.raises(ValueError, match='return_tensors must be "pt" or "np", got \'tf\''):
+    with pytest.raises(ValueError, match='return_tensors must be "pt", "np" or None, got \'tf\''):
         make_processor()(text="a", return_tensors="tf")
 
 
