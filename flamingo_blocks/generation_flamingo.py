@@ -102,11 +102,17 @@ class FlamingoGenerationMixin(GenerationMixin):
                 f"there is no new text: input_ids have {input_ids.shape[1]} tokens, {self._cache_name} {start}; pass "
                 "the whole text, or new text alone together with an attention_mask over all of it"
             )
-        if (draft := kwargs.get("assistant_model")) is not None:
-            if isinstance(draft, FlamingoGenerationMixin) and (media_cache.rows or vision_features is not None):
+        draft = kwargs.get("assistant_model")
+        if start and (draft is not None or self._option(kwargs, "prompt_lookup_num_tokens")):
+            raise ValueError(
+                f"with drafts, transformers runs the whole text, also what is in {self._cache_name} already; pass the "
+                "whole text and all its media without caches, or generate without drafts"
+            )
+        if draft is not None:
+            if isinstance(draft, FlamingoGenerationMixin) and vision_features is not None:
                 raise ValueError(
                     "a Flamingo as assistant_model must encode all media itself; pass pixel_values instead of "
-                    "vision_features, and the whole text with all its media instead of caches"
+                    "vision_features"
                 )
             if kwargs.get("assistant_tokenizer") is None:
                 kwargs["assistant_model"] = self._as_draft(draft, input_ids, pixel_values, num_frames)
@@ -149,6 +155,8 @@ class FlamingoGenerationMixin(GenerationMixin):
         for option, reason in _REFUSED.items():
             if self._option(kwargs, option):
                 raise ValueError(f"{option} cannot be used here: {reason}")
+        if self._option(kwargs, "guidance_scale") not in (None, 1) and (self._option(kwargs, "num_beams") or 1) > 1:
+            raise ValueError("guidance_scale cannot be used with beams: transformers does not reorder its second cache")
         if self._option(kwargs, "cache_implementation") == "paged":
             raise ValueError('cache_implementation="paged" batches text alone; choose another one, or none')
 

@@ -224,8 +224,11 @@ def test_drafts_that_cannot_be_right_are_refused() -> None:
         model.generate(prompt.input_ids, vision_features=features, **LONG, assistant_model=other)
     cache, media_cache = DynamicCache(), MediaCache()
     text = model.generate(**prompt.inputs, **LONG, cache=cache, media_cache=media_cache)
-    with pytest.raises(ValueError, match="the whole text with all its media instead of caches"):
-        model.generate(text, **LONG, cache=cache, media_cache=media_cache, assistant_model=other)
+    drafts: list[dict[str, Any]]
+    drafts = [{"assistant_model": other}, {"assistant_model": make_lm("llama")}, {"prompt_lookup_num_tokens": 3}]
+    for draft in drafts:
+        with pytest.raises(ValueError, match="whole text and all its media without caches, or generate without drafts"):
+            model.generate(text, **LONG, cache=cache, media_cache=media_cache, **draft)
     words: dict[str, Any] = {"tokenizer": make_tokenizer(), "assistant_tokenizer": make_tokenizer()}
     with pytest.raises(ValueError, match="must have the same tokens; leave out assistant_tokenizer"):
         model.generate(**prompt.inputs, **LONG, assistant_model=other, **words)
@@ -457,6 +460,7 @@ def test_embeddings_may_come_beside_the_ids() -> None:
     [
         ({"token_healing": True}, "token_healing cannot be used here: it changes the prompt"),
         ({"assistant_early_exit": 1}, "assistant_early_exit cannot be used here"),
+        ({"guidance_scale": 2.0, "num_beams": 2}, "guidance_scale cannot be used with beams"),
         ({"cache_implementation": "paged"}, "batches text alone; choose another one"),
         ({"penalty_alpha": 0.6, "top_k": 4}, "Contrastive Search requires `trust_remote_code=True`"),
         ({"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.5}, "Group Beam Search requires"),
