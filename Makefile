@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 PYTHON := python3 python3.11 python3.12 python3.13 python3.14 python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-seeds test test-long test-lowest coverage mutants check format docs docs-serve clean
+.PHONY: help demo demo-seeds test test-slow test-long test-lowest coverage mutants check format docs docs-serve clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -19,7 +19,11 @@ demo-seeds: $(READY) ## Run the demo with five seeds, about ten minutes; writes 
 
 test: $(READY) ## Run the tests, then those that must run without run-time shape checks
 	@$(BIN)/python -m pytest
-	@$(BIN)/python -m pytest -o addopts="" -m unchecked tests
+	@$(BIN)/python -m pytest -o addopts="" -m "unchecked and not slow" tests
+
+test-slow: $(READY) ## Run the tests that take more than five seconds each
+	@$(BIN)/python -m pytest -m "slow and not unchecked"
+	@$(BIN)/python -m pytest -o addopts="" -m "slow and unchecked" tests
 
 test-long: $(READY) ## Run the tests with 2,000 examples a law instead of 50, and each language model with each backbone
 	@HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest tests
