@@ -350,7 +350,7 @@ def test_image_tokens_are_not_generated_and_the_end_of_a_chunk_ends_the_text() -
     assert model.new_tokens is not None
     prompt = Prompt.make(model)
     with torch.no_grad():
-        model.new_tokens.head_bias.copy_(torch.tensor([1e3, 1e2]))
+        model.new_tokens.head.bias.copy_(torch.tensor([1e3, 1e2]))
     generated = model.generate(**prompt.inputs, **GREEDY)
     assert generated[:, 8:].tolist() == [[model.config.end_of_chunk_token_id]] * 2
 

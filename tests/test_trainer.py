@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor
+from transformers import Trainer
 
-from flamingo_blocks import FlamingoForConditionalGeneration
+from flamingo_blocks import FlamingoForConditionalGeneration, parameter_groups
 from tests.tiny_flamingo import make_flamingo
 from tests.tiny_language_models import VOCAB
 from tests.tiny_training import collate, make_examples, make_resumable_trainer, make_trainer
@@ -166,3 +167,24 @@ def test_a_run_resumed_after_a_kill_ends_as_an_uninterrupted_one(tmp_path: Path)
     assert not differing(weights(resumed.model), weights(uninterrupted.model))
     assert frozen == {name for name, p in resumed.model.named_parameters() if not p.requires_grad}
     assert all(torch.equal(resumed.model.state_dict()[name], before[name]) for name in frozen)
+
+
+class PapersTrainer(Trainer):
+    def get_decay_parameter_names(self, model: Any) -> list[str]:
+        decayed = {id(parameter) for parameter in parameter_groups(model)[0]["params"]}
+        return [name for name, parameter in model.named_parameters() if id(parameter) in decayed]
+
+
+@pytest.mark.parametrize("way", ["optimizers", "subclass"])
+def test_the_trainer_takes_the_papers_weight_decay(way: str, tmp_path: Path) -> None:
+    model, _ = make_flamingo()
+    if way == "optimizers":
+        optimizer = torch.optim.AdamW(parameter_groups(model, weight_decay=0.1), lr=1e-2)
+        trainer = make_trainer(tmp_path, model=model, keywords={"optimizers": (optimizer, None)})
+    else:
+        trainer = make_trainer(tmp_path, model=model, kind=PapersTrainer, weight_decay=0.1)
+    trainer.train()
+    for found, expected in zip(trainer.optimizer.param_groups, parameter_groups(model), strict=True):
+        assert list(map(id, found["params"])) == list(map(id, expected["params"]))
+        assert found["weight_decay"] == expected["weight_decay"]
+        assert found["initial_lr"] == 1e-2

@@ -43,11 +43,23 @@ def collate(examples: list[dict[str, Any]]) -> dict[str, Tensor]:
     }
 
 
-def make_trainer(output_dir: Path, *, model: Any = None, keywords: dict[str, Any] | None = None, **options: Any) -> Any:
+def make_trainer(
+    output_dir: Path,
+    *,
+    model: Any = None,
+    kind: type[Trainer] = Trainer,
+    keywords: dict[str, Any] | None = None,
+    **options: Any,
+) -> Any:
     """Train on 12 examples, two at a time, for six steps."""
-    defaults = {"max_steps": 6, "per_device_train_batch_size": 2, "per_device_eval_batch_size": 2, "logging_steps": 1}
+    defaults: dict[str, Any] = {
+        "max_steps": 6,
+        "per_device_train_batch_size": 2,
+        "per_device_eval_batch_size": 2,
+        "logging_steps": 1,
+    }
     defaults |= {"learning_rate": 1e-2, "save_strategy": "no", "use_cpu": True, "report_to": [], "disable_tqdm": True}
-    return Trainer(
+    return kind(
         model=make_flamingo()[0] if model is None else model,
         args=TrainingArguments(output_dir=str(output_dir), **defaults | options),
         data_collator=collate,
