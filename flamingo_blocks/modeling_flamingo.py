@@ -192,6 +192,15 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         else:
             self.vision_encoder.unfreeze()
 
+    def trained_module_names(self) -> list[str]:
+        """Name the resampler, the blocks and the new tokens' tables: what PEFT takes as `modules_to_save`.
+
+        PEFT freezes everything but what it adds, and saves nothing else; modules of these names it trains and saves,
+        too. They are the largest ones that it can put a wrapper around: whoever calls them, gets them by name.
+        """
+        names = ["resampler", *(f"injector.blocks.{index}" for index in self.injector.layer_indices)]
+        return names if self.new_tokens is None else [*names, "new_tokens.embeddings", "new_tokens.head"]
+
     # ------------------------------------------------------------ forward
 
     def encode_media(
@@ -371,7 +380,10 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if not self.injector.is_injected:
             raise RuntimeError(
                 "the blocks were taken out of the language model by eject(); build a new Flamingo around it"
+                + _WRAPPED_BY_PEFT.format("injector")
             )
+        if self.new_tokens is not None and not self.new_tokens.is_injected:
+            raise RuntimeError("the new tokens are not in the language model" + _WRAPPED_BY_PEFT.format("new_tokens"))
         for name in others:
             if name not in self._lm_arguments and (nearest := get_close_matches(name, _OWN, n=1, cutoff=0.8)):
                 raise TypeError(f"forward has no argument {name!r}; did you mean {nearest[0]!r}?")
@@ -688,6 +700,10 @@ _PASSED_ON = {field.name for field in fields(FlamingoCausalLMOutput)} - {"loss",
 _OPTIONAL = ("position_ids", "logits_to_keep", "use_cache")
 # What only this model knows: never meant for the language model.
 _OWN = ("pixel_values", "num_frames", "media_cache", "media_ranges", "document_ids", "vision_features")
+_WRAPPED_BY_PEFT = (
+    '; or, if PEFT was told modules_to_save=["{}"], it runs a copy that nobody calls: pass '
+    "modules_to_save=model.trained_module_names() instead"
+)
 # What the Trainer gives to the loss.
 _NUM_ITEMS = "num_items_in_batch"
 
@@ -768,8 +784,13 @@ def check_is_causal_lm(lm: Any) -> None:
     """Check that a language model is one that blocks can be put into.
 
     Raises:
-        ValueError: If it is not a causal language model of transformers.
+        ValueError: If it is not a causal language model of transformers, or PEFT has changed it.
     """
+    if isinstance(lm, nn.Module) and any(type(module).__module__.startswith("peft.") for module in lm.modules()):
+        raise ValueError(
+            "language_model has adapters of PEFT in it, which would be frozen, and saved under names that cannot "
+            "be loaded; merge them with merge_and_unload() first, or add LoRA to the Flamingo that is built"
+        )
     if not isinstance(lm, PreTrainedModel) or not lm.can_generate() or lm.get_output_embeddings() is None:
         raise ValueError(
             f"language_model must be a causal language model of transformers, with a head, got {type(lm).__name__}; "

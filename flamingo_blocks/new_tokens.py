@@ -100,6 +100,11 @@ class NewTokens(nn.Module):
             model.get_output_embeddings().register_forward_hook(_HeadHook(self)),
         ]
 
+    @property
+    def is_injected(self) -> bool:
+        """Whether the tables are in place. A copy of them without its language model is in place nowhere."""
+        return any(handle.id in (handle.hooks_dict_ref() or ()) for handle in self._handles)
+
     def eject(self) -> None:
         """Take the tables out: the language model is as it was."""
         for handle in self._handles:
