@@ -28,6 +28,7 @@ from flamingo_blocks.modeling_flamingo import (
     FlamingoForConditionalGeneration,
     check_is_causal_lm,
     dtype_name,
+    is_quantized,
     make_vision_encoder,
 )
 from flamingo_blocks.processing_flamingo import FlamingoImageProcessor, FlamingoProcessor, special_token_id
@@ -354,6 +355,11 @@ def _load_language_model(
         with _loading("language_model", language_model):
             lm = auto_model.from_pretrained(language_model, dtype=dtype or "auto")
     elif isinstance(language_model, nn.Module):
+        if dtype is not None and is_quantized(language_model):
+            raise ValueError(
+                f"language_model is quantised and cannot be brought to {dtype}; leave dtype out, and load it with the "
+                "dtype that it should compute in"
+            )
         lm = language_model if dtype is None else nn.Module.to(language_model, dtype)
     else:
         raise ValueError(

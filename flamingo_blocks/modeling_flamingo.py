@@ -595,7 +595,16 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return result
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
-        """Save the whole model, backbones included; arguments as in transformers."""
+        """Save the whole model, backbones included; arguments as in transformers.
+
+        Raises:
+            ValueError: If the language model is quantised.
+        """
+        if is_quantized(self.language_model):
+            raise ValueError(
+                "the language model is quantised, and transformers could not load it as a part of something larger; "
+                "save what was trained with save_adapter, and load it around the same language model with from_adapter"
+            )
         self._note_dtypes()
         return super().save_pretrained(*args, **kwargs)
 
@@ -796,6 +805,13 @@ def check_is_causal_lm(lm: Any) -> None:
             f"language_model must be a causal language model of transformers, with a head, got {type(lm).__name__}; "
             "load it with AutoModelForCausalLM"
         )
+
+
+def is_quantized(lm: nn.Module) -> bool:
+    """Whether a language model was quantised, by transformers or by torchao's `quantize_`."""
+    if getattr(lm, "hf_quantizer", None) is not None:
+        return True
+    return any(type(parameter).__module__.startswith("torchao.") for parameter in lm.parameters())
 
 
 def _dtype(name: str | None, lm: PreTrainedModel) -> torch.dtype:

@@ -84,7 +84,9 @@ class NewTokens(nn.Module):
         for ids in torch.arange(embedding.weight.shape[0], device=embedding.weight.device).split(8192):
             total += embedding(ids).to(total).sum(0)  # through the module: some scale what they look up
         self.embeddings.weight.copy_(total / embedding.weight.shape[0])
-        self.head.weight.copy_(head.weight.mean(0, dtype=torch.float32))
+        # torchao's quantised tensors know no mean.
+        weight = head.weight if type(head.weight) is nn.Parameter else head.weight.dequantize()
+        self.head.weight.copy_(weight.mean(0, dtype=torch.float32))
         if getattr(head, "bias", None) is not None:
             self.head.bias.fill_(head.bias.mean(dtype=torch.float32))
 
