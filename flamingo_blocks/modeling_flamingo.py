@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from functools import partial
-from typing import Any
+from typing import Any, no_type_check
 
 import torch
 from jaxtyping import Float, Int
@@ -41,7 +41,9 @@ from flamingo_blocks.new_tokens import NewTokens
 from flamingo_blocks.vision import VisionEncoder
 
 
+# What gathers and moves outputs, as accelerate does, makes them anew from a dict, which run-time checks would refuse.
 @dataclass
+@no_type_check
 class FlamingoCausalLMOutput(CausalLMOutputWithPast):
     """What a Flamingo's forward returns.
 
@@ -95,6 +97,11 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
     main_input_name = "input_ids"
     input_modalities = ["image", "text"]  # noqa: RUF012
     supports_gradient_checkpointing = True
+    # With device_map="auto", what adds to its own input stays in one piece, as do the language model's own layers.
+    _no_split_modules = [  # noqa: RUF012
+        *("VisionEncoder", "PerceiverResampler", "MLPResampler", "TransformerResampler", "MeanPoolResampler"),
+        *("GatedCrossAttentionBlock", "NewTokens"),
+    ]
     # What the language model supports is checked when it is made; this model adds no other attention of that kind.
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -587,9 +594,18 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         `dtype` is that of the language model, and of a vision encoder that was saved in the same dtype as it. The
         trained parts keep theirs; bring everything to one with `model.to(dtype)`. What was frozen is frozen again. A
         vision encoder that timm cannot make by name is passed as `vision_encoder=`; its weights are loaded into it.
+
+        Raises:
+            ValueError: If `device_map` offloads the vision encoder or the resampler; other parts may be offloaded.
         """
         result = super().from_pretrained(*args, **kwargs)
         model = result[0] if isinstance(result, tuple) else result
+        for name in ("vision_encoder", "resampler"):
+            if any(parameter.is_meta for parameter in getattr(model, name).parameters()):
+                raise ValueError(
+                    f"device_map offloads the {name}, whose weights would come back module by module as modules are "
+                    "called; but some that are read without a call would not. Give it a device of its own in device_map"
+                )
         model._restore_buffers()
         model.freeze()
         return result

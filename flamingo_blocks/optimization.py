@@ -55,6 +55,7 @@ def parameter_groups(model: nn.Module, *, weight_decay: float = 0.1) -> list[dic
     paper: it speaks of the resampler alone; gates, norms and embeddings are left out as is usual.
     """
     exempt: set[int] = set()
+    module: Any
     for module in model.modules():
         if isinstance(module, _EXEMPT):
             exempt |= {id(parameter) for parameter in module.parameters()}

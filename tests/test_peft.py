@@ -129,7 +129,7 @@ def test_it_generates_by_the_logits_of_its_forward(task_type: Any) -> None:
     model, _ = make_flamingo()
     wrapped, prompt = add_lora(model, task_type=task_type), Prompt.make(model)
     take_steps(wrapped, prompt)
-    options = {"do_sample": False, "max_new_tokens": 5, "eos_token_id": None}
+    options: dict[str, Any] = {"do_sample": False, "max_new_tokens": 5, "eos_token_id": None}
     output = wrapped.generate(**prompt.inputs, **options, output_logits=True, return_dict_in_generate=True)
     inputs = prompt.inputs | {"input_ids": output.sequences[:, :-1], "attention_mask": None}
     with torch.no_grad():
@@ -213,9 +213,9 @@ def test_lora_on_the_language_model_alone_leaves_the_flamingo_what_it_is() -> No
 
 
 def test_the_trainer_trains_saves_and_resumes_it(tmp_path: Path) -> None:
-    def make(**options: Any) -> Any:
-        options = {"save_strategy": "steps", "save_steps": 3, "weight_decay": 0.1} | options
-        return make_trainer(tmp_path, model=add_lora(make_flamingo("gpt2")[0], "gpt2", lora_dropout=0.2), **options)
+    def make() -> Any:
+        saving: dict[str, Any] = {"save_strategy": "steps", "save_steps": 3, "weight_decay": 0.1}
+        return make_trainer(tmp_path, model=add_lora(make_flamingo("gpt2")[0], "gpt2", lora_dropout=0.2), **saving)
 
     whole = make()
     assert whole.label_names == ["labels"]

@@ -86,7 +86,7 @@ def test_training_moves_what_is_trained_and_nothing_else(kind: str, tmp_path: Pa
     lm = make_lm(kind, tmp_path)
     input_ids = torch.randint(10, VOCAB, (2, 8))
     expected = logits_of(lm, input_ids)
-    model = build(lm)
+    model: Any = build(lm)
     model.train()
     prompt = Prompt.make(model)
     before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}

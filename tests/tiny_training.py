@@ -71,7 +71,7 @@ def make_trainer(
 
 def make_resumable_trainer(output_dir: Path, *callbacks: TrainerCallback) -> Any:
     """Train a model with dropout, so that the state of the random numbers counts, and save every second step."""
-    options = {"save_strategy": "steps", "save_steps": 2}
+    options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2}
     return make_trainer(output_dir, model=make_flamingo("gpt2")[0], keywords={"callbacks": list(callbacks)}, **options)
 
 
