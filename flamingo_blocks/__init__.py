@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from flamingo_blocks.injection import LMLayerInjector
     from flamingo_blocks.media_cache import MediaCache
     from flamingo_blocks.modeling_flamingo import FlamingoForConditionalGeneration
+    from flamingo_blocks.optimization import parameter_groups
     from flamingo_blocks.presets import flamingo_3b, flamingo_9b, flamingo_80b
     from flamingo_blocks.processing_flamingo import FlamingoProcessor
     from flamingo_blocks.vision import VisionEncoder
@@ -41,6 +42,7 @@ _MODULES = {
     "flamingo_9b": "flamingo_blocks.presets",
     "media_index": "flamingo_blocks.blocks",
     "media_ranges": "flamingo_blocks.blocks",
+    "parameter_groups": "flamingo_blocks.optimization",
 }
 
 __all__ = [
@@ -59,6 +61,7 @@ __all__ = [
     "flamingo_80b",
     "media_index",
     "media_ranges",
+    "parameter_groups",
 ]
 
 

@@ -51,6 +51,11 @@ def load_language_model(
             lm = auto_model.from_pretrained(language_model, dtype=dtype or "auto", revision=revision or "main")
         commit = _commit(str(language_model), ["config.json"], revision)
     elif isinstance(language_model, nn.Module):
+        if dtype is not None and is_quantized(language_model):
+            raise ValueError(
+                f"language_model is quantised and cannot be brought to {dtype}; leave dtype out, and load it with the "
+                "dtype that it should compute in"
+            )
         lm = language_model if dtype is None else nn.Module.to(language_model, dtype)
     else:
         raise ValueError(
@@ -86,13 +91,30 @@ def check_is_causal_lm(lm: Any) -> None:
     """Check that a language model is one that blocks can be put into.
 
     Raises:
-        ValueError: If it is not a causal language model of transformers.
+        ValueError: If it is not a causal language model of transformers, or PEFT has changed it.
     """
+    if isinstance(lm, nn.Module) and has_peft(lm):
+        raise ValueError(
+            "language_model has adapters of PEFT in it, which would be frozen, and saved under names that cannot "
+            "be loaded; merge them with merge_and_unload() first, or add LoRA to the Flamingo that is built"
+        )
     if not isinstance(lm, PreTrainedModel) or not lm.can_generate() or lm.get_output_embeddings() is None:
         raise ValueError(
             f"language_model must be a causal language model of transformers, with a head, got {type(lm).__name__}; "
             "load it with AutoModelForCausalLM"
         )
+
+
+def has_peft(module: nn.Module) -> bool:
+    """Whether PEFT has put modules of its own into a module."""
+    return any(type(inner).__module__.startswith("peft.") for inner in module.modules())
+
+
+def is_quantized(lm: nn.Module) -> bool:
+    """Whether a language model was quantised, by transformers or by torchao's `quantize_`."""
+    if getattr(lm, "hf_quantizer", None) is not None:
+        return True
+    return any(type(parameter).__module__.startswith("torchao.") for parameter in lm.parameters())
 
 
 def load_vision_encoder(

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, no_type_check
 
 import torch
 from jaxtyping import Float, Int
@@ -30,7 +30,14 @@ from flamingo_blocks.adapter import (
     read_adapter,
     write_adapter,
 )
-from flamingo_blocks.backbones import check_is_causal_lm, dtype_name, make_language_model, make_vision_encoder
+from flamingo_blocks.backbones import (
+    check_is_causal_lm,
+    dtype_name,
+    has_peft,
+    is_quantized,
+    make_language_model,
+    make_vision_encoder,
+)
 from flamingo_blocks.blocks import (
     FeedForward,
     GatedCrossAttentionBlock,
@@ -53,7 +60,9 @@ from flamingo_blocks.new_tokens import NewTokens
 from flamingo_blocks.vision import VisionEncoder
 
 
+# What gathers and moves outputs, as accelerate does, makes them anew from a dict, which run-time checks would refuse.
 @dataclass
+@no_type_check
 class FlamingoCausalLMOutput(CausalLMOutputWithPast):
     """What a Flamingo's forward returns.
 
@@ -107,6 +116,11 @@ class FlamingoForConditionalGeneration(FlamingoGenerationMixin, PreTrainedModel)
     main_input_name = "input_ids"
     input_modalities = ["image", "text"]  # noqa: RUF012
     supports_gradient_checkpointing = True
+    # With device_map="auto", what adds to its own input stays in one piece, as do the language model's own layers.
+    _no_split_modules = [  # noqa: RUF012
+        *("VisionEncoder", "PerceiverResampler", "MLPResampler", "TransformerResampler", "MeanPoolResampler"),
+        *("GatedCrossAttentionBlock", "NewTokens"),
+    ]
     # What the language model supports is checked when it is made; this model adds no other attention of that kind.
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -204,6 +218,15 @@ class FlamingoForConditionalGeneration(FlamingoGenerationMixin, PreTrainedModel)
             self.vision_encoder.freeze()
         else:
             self.vision_encoder.unfreeze()
+
+    def trained_module_names(self) -> list[str]:
+        """Name the resampler, the blocks and the new tokens' tables: what PEFT takes as `modules_to_save`.
+
+        PEFT freezes everything but what it adds, and saves nothing else; modules of these names it trains and saves,
+        too. They are the largest ones that it can put a wrapper around: whoever calls them, gets them by name.
+        """
+        names = ["resampler", *(f"injector.blocks.{index}" for index in self.injector.layer_indices)]
+        return names if self.new_tokens is None else [*names, "new_tokens.embeddings", "new_tokens.head"]
 
     # ------------------------------------------------------------ forward
 
@@ -385,7 +408,10 @@ class FlamingoForConditionalGeneration(FlamingoGenerationMixin, PreTrainedModel)
         if not self.injector.is_injected:
             raise RuntimeError(
                 "the blocks were taken out of the language model by eject(); build a new Flamingo around it"
+                + _WRAPPED_BY_PEFT.format("injector")
             )
+        if self.new_tokens is not None and not self.new_tokens.is_injected:
+            raise RuntimeError("the new tokens are not in the language model" + _WRAPPED_BY_PEFT.format("new_tokens"))
         for name in others:
             if name not in self._lm_arguments and (nearest := get_close_matches(name, _OWN, n=1, cutoff=0.8)):
                 raise TypeError(f"forward has no argument {name!r}; did you mean {nearest[0]!r}?")
@@ -485,6 +511,9 @@ class FlamingoForConditionalGeneration(FlamingoGenerationMixin, PreTrainedModel)
         `dtype` is that of the language model, and of a vision encoder that was saved in the same dtype as it. The
         trained parts keep theirs; bring everything to one with `model.to(dtype)`. What was frozen is frozen again. A
         vision encoder that timm cannot make by name is passed as `vision_encoder=`; its weights are loaded into it.
+
+        Raises:
+            ValueError: If `device_map` offloads the vision encoder or the resampler; other parts may be offloaded.
         """
         path = Path(str(args[0] if args else kwargs.get("pretrained_model_name_or_path")))
         if (path / RECORD).is_file() and not (path / SAFE_WEIGHTS_NAME).exists():
@@ -493,12 +522,27 @@ class FlamingoForConditionalGeneration(FlamingoGenerationMixin, PreTrainedModel)
             )
         result = super().from_pretrained(*args, **kwargs)
         model = result[0] if isinstance(result, tuple) else result
+        for name in ("vision_encoder", "resampler"):
+            if any(parameter.is_meta for parameter in getattr(model, name).parameters()):
+                raise ValueError(
+                    f"device_map offloads the {name}, whose weights would come back module by module as modules are "
+                    "called; but some that are read without a call would not. Give it a device of its own in device_map"
+                )
         model._restore_buffers()
         model.freeze()
         return result
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
-        """Save the whole model, backbones included; arguments as in transformers."""
+        """Save the whole model, backbones included; arguments as in transformers.
+
+        Raises:
+            ValueError: If the language model is quantised.
+        """
+        if is_quantized(self.language_model):
+            raise ValueError(
+                "the language model is quantised, and transformers could not load it as a part of something larger; "
+                "save what was trained with save_adapter, and load it around the same language model with from_adapter"
+            )
         self._note_dtypes()
         return super().save_pretrained(*args, **kwargs)
 
@@ -509,8 +553,13 @@ class FlamingoForConditionalGeneration(FlamingoGenerationMixin, PreTrainedModel)
             save_directory: Made if it is not there. The processor goes there with its own `save_pretrained`.
 
         Raises:
-            ValueError: If the trained parts are of several dtypes.
+            ValueError: If the trained parts are of several dtypes, or PEFT has put LoRA or the like into the model.
         """
+        if has_peft(self):
+            raise ValueError(
+                "PEFT has put adapters of its own into this model; save everything that is trained with PEFT's own "
+                "save_pretrained, or merge them first with merge_and_unload(), which changes the language model"
+            )
         self._note_dtypes()
         write_adapter(self, save_directory)
 
@@ -677,6 +726,10 @@ _DECODING = {
 _OPTIONAL = ("position_ids", "logits_to_keep", "use_cache")
 # What only this model knows: never meant for the language model.
 _OWN = ("pixel_values", "num_frames", "media_cache", "media_ranges", "document_ids", "vision_features")
+_WRAPPED_BY_PEFT = (
+    '; or, if PEFT was told modules_to_save=["{}"], it runs a copy that nobody calls: pass '
+    "modules_to_save=model.trained_module_names() instead"
+)
 # What the Trainer gives to the loss.
 _NUM_ITEMS = "num_items_in_batch"
 

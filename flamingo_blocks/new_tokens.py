@@ -9,7 +9,6 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -34,7 +33,7 @@ class NewTokens(nn.Module):
 
     Attributes:
         embeddings: One row a token, as the input embedding returns it.
-        head: One row a token, as the head holds it.
+        head: One row a token, as the head holds it, and a bias.
 
     Raises:
         ValueError: If ids are given twice, or leave a gap behind the vocabulary.
@@ -56,18 +55,18 @@ class NewTokens(nn.Module):
         self.token_ids = tuple(token_ids)
         self.vocab_size = vocab_size
         self.old_token_id = old_token_id
-        self.embeddings = nn.Parameter(torch.empty(len(token_ids), embedding_dim))
-        self.head = nn.Parameter(torch.empty(len(token_ids), head_dim))
-        self.head_bias = nn.Parameter(torch.empty(len(token_ids)))
+        # Modules, not bare parameters: what trains modules by their names, as PEFT does, can have them one by one.
+        self.embeddings = nn.Embedding(len(token_ids), embedding_dim)
+        self.head = nn.Linear(head_dim, len(token_ids))
         self.reset_parameters()
         self._scopes = Scopes()
         self._handles: list[RemovableHandle] = []
 
     def reset_parameters(self) -> None:
         """Draw small random rows. `start_from` gives better ones."""
-        nn.init.normal_(self.embeddings, std=0.02)
-        nn.init.normal_(self.head, std=0.02)
-        nn.init.zeros_(self.head_bias)
+        nn.init.normal_(self.embeddings.weight, std=0.02)
+        nn.init.normal_(self.head.weight, std=0.02)
+        nn.init.zeros_(self.head.bias)
 
     @torch.no_grad()
     def start_from(self, lm: nn.Module) -> None:
@@ -81,13 +80,15 @@ class NewTokens(nn.Module):
         """
         model: Any = lm
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-        total = torch.zeros_like(self.embeddings[0])
+        total = torch.zeros_like(self.embeddings.weight[0])
         for ids in torch.arange(embedding.weight.shape[0], device=embedding.weight.device).split(8192):
             total += embedding(ids).to(total).sum(0)  # through the module: some scale what they look up
-        self.embeddings.copy_(total / embedding.weight.shape[0])
-        self.head.copy_(head.weight.mean(0, dtype=torch.float32))
+        self.embeddings.weight.copy_(total / embedding.weight.shape[0])
+        # torchao's quantised tensors know no mean.
+        weight = head.weight if type(head.weight) is nn.Parameter else head.weight.dequantize()
+        self.head.weight.copy_(weight.mean(0, dtype=torch.float32))
         if getattr(head, "bias", None) is not None:
-            self.head_bias.fill_(head.bias.mean(dtype=torch.float32))
+            self.head.bias.fill_(head.bias.mean(dtype=torch.float32))
 
     def inject(self, lm: nn.Module) -> None:
         """Put the tables in place. Outside of a scope the language model stays what it was.
@@ -100,6 +101,11 @@ class NewTokens(nn.Module):
             model.get_input_embeddings().register_forward_hook(_EmbeddingHook(self)),
             model.get_output_embeddings().register_forward_hook(_HeadHook(self)),
         ]
+
+    @property
+    def is_injected(self) -> bool:
+        """Whether the tables are in place. A copy of them without its language model is in place nowhere."""
+        return any(handle.id in (handle.hooks_dict_ref() or ()) for handle in self._handles)
 
     def eject(self) -> None:
         """Take the tables out: the language model is as it was."""
@@ -136,13 +142,13 @@ class NewTokens(nn.Module):
                 f"the input embedding must return (batch, text, dim) for ids of {tuple(index.shape)}, got "
                 f"{tuple(embeddings.shape)}; new tokens cannot be added to such a language model"
             )
-        rows = F.embedding(index.clamp(min=0), self.embeddings).to(embeddings.dtype)
+        rows = self.embeddings(index.clamp(min=0)).to(embeddings.dtype)
         return torch.where((index >= 0)[..., None], rows, embeddings)
 
     def _add_logits(self, hidden_states: Tensor, logits: Tensor) -> Tensor:
         if self._scopes.current.value is None:
             return logits
-        new = F.linear(hidden_states.to(self.head.dtype), self.head, self.head_bias).to(logits.dtype)
+        new = self.head(hidden_states.to(self.head.weight.dtype)).to(logits.dtype)
         inside = [i for i in self.token_ids if i < self.vocab_size]
         if inside:
             logits = logits.index_copy(-1, torch.tensor(inside, device=logits.device), new[..., : len(inside)])

@@ -578,8 +578,8 @@ MUTANTS = [
         "gate zero generates what the base LM generates",
         "an untrained token has the largest logit",
         NEW_TOKENS,
-        "self.head.copy_(head.weight.mean(0, dtype=torch.float32))",
-        "self.head.copy_(1e3 * head.weight[13].float())",
+        "self.head.weight.copy_(weight.mean(0, dtype=torch.float32))",
+        "self.head.weight.copy_(1e3 * head.weight[13].float())",
         "tests/test_modeling_flamingo.py::test_gate_zero_generates_what_the_base_lm_generates",
     ),
     Mutant(
@@ -890,8 +890,8 @@ MUTANTS = [
         "an untrained token is never the most likely",
         "it starts as another token's row",
         NEW_TOKENS,
-        "self.head.copy_(head.weight.mean(0, dtype=torch.float32))",
-        "self.head.copy_(2 * head.weight[13].float())",
+        "self.head.weight.copy_(weight.mean(0, dtype=torch.float32))",
+        "self.head.weight.copy_(2 * head.weight[13].float())",
         "tests/test_new_tokens.py::test_at_the_start_a_new_token_is_never_the_most_likely",
     ),
     Mutant(

@@ -135,6 +135,26 @@ def test_backbones_may_be_of_another_dtype(
     assert also.language_model.dtype == next(also.vision_encoder.parameters()).dtype == dtype
 
 
+def test_a_quantised_language_model_is_known_again(saved: tuple[FlamingoForConditionalGeneration, Path]) -> None:
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    model, path = saved
+    backbones = backbones_of(model)
+    quantize_(backbones["language_model"], Int8WeightOnlyConfig())
+    loaded = FlamingoForConditionalGeneration.from_adapter(path, **backbones)
+    assert type(loaded.language_model.lm_head.weight) is not nn.Parameter
+    prompt = Prompt.make(model)
+    expected = model(**prompt.inputs).logits
+    assert 0 < (loaded(**prompt.inputs).logits - expected).abs().max() < 0.1 * expected.std()
+    loaded.save_adapter(path)  # and the other way round
+    assert_same(load(path, model), model)
+    backbones = backbones_of(model)
+    other_numbers(backbones["language_model"], "model.norm.weight")
+    quantize_(backbones["language_model"], Int8WeightOnlyConfig())
+    with pytest.raises(ValueError, match=r"model\.norm\.weight holds other numbers"):
+        FlamingoForConditionalGeneration.from_adapter(path, **backbones)
+
+
 def test_a_language_model_that_was_trained_is_cast_if_asked_for(tmp_path: Path) -> None:
     model, _ = make_flamingo(freeze=("vision_encoder",))
     model.save_adapter(tmp_path)
@@ -367,3 +387,12 @@ def test_a_whole_checkpoint_and_an_adapter_are_not_confused(tmp_path: Path) -> N
     model.save_pretrained(tmp_path / "whole")
     with pytest.raises(OSError, match=RECORD):
         FlamingoForConditionalGeneration.from_adapter(tmp_path / "whole")
+
+
+def test_a_model_with_peft_inside_is_saved_by_peft(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model, _ = make_flamingo()
+    wrapped: Any = get_peft_model(model, LoraConfig(target_modules=r"language_model\..*q_proj"))
+    with pytest.raises(ValueError, match="save everything that is trained with PEFT's own save_pretrained, or merge"):
+        wrapped.save_adapter(tmp_path)

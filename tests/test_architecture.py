@@ -29,6 +29,7 @@ LAYERS = [
     "language",
     "vision",
     "new_tokens",
+    "optimization",
     "media_cache",
     "configuration_flamingo",
     "backbones",
@@ -111,6 +112,7 @@ def test_the_public_names_are_these() -> None:
         "flamingo_9b",
         "media_index",
         "media_ranges",
+        "parameter_groups",
     ]
     assert sorted(blocks.__all__) == [
         "Algorithm",

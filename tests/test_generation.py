@@ -187,7 +187,7 @@ def test_sampling_with_drafts_draws_from_all_tokens(draft: str) -> None:
     prompt = Prompt.make(model).row(0)
     assert model.new_tokens is not None
     with torch.no_grad():
-        model.new_tokens.head_bias[1] = 1e3
+        model.new_tokens.head.bias[1] = 1e3
     helper = make_flamingo("gpt2")[0] if draft == "Flamingo" else make_lm("gpt2")
     options: dict[str, Any] = {"do_sample": True, "max_new_tokens": 4, "assistant_model": helper}
     text = model.generate(**prompt.inputs, **options, eos_token_id=None)
@@ -518,7 +518,7 @@ def test_image_tokens_are_not_generated_and_the_end_of_a_chunk_ends_the_text() -
     assert model.new_tokens is not None
     prompt = Prompt.make(model)
     with torch.no_grad():
-        model.new_tokens.head_bias.copy_(torch.tensor([1e3, 1e2]))
+        model.new_tokens.head.bias.copy_(torch.tensor([1e3, 1e2]))
     generated = model.generate(**prompt.inputs, **GREEDY)
     assert generated[:, 8:].tolist() == [[model.config.end_of_chunk_token_id]] * 2
 

@@ -57,12 +57,12 @@ def test_new_tokens_are_what_a_resized_language_model_would_have(name: str) -> N
     for parameter in new_tokens.parameters():
         nn.init.normal_(parameter)
     with torch.no_grad():
-        new_tokens.head_bias.zero_()
+        new_tokens.head.bias.zero_()
         if head.weight is embedding.weight:
-            new_tokens.embeddings.copy_(new_tokens.head * scale)
+            new_tokens.embeddings.weight.copy_(new_tokens.head.weight * scale)
         for row, token_id in enumerate(IDS):
-            embedding.weight[token_id] = new_tokens.embeddings[row] / scale[0]
-            head.weight[token_id] = new_tokens.head[row]
+            embedding.weight[token_id] = new_tokens.embeddings.weight[row] / scale[0]
+            head.weight[token_id] = new_tokens.head.weight[row]
     input_ids = torch.tensor([[3, VOCAB, 5, 50], [VOCAB + 1, 8, VOCAB, 10]])
     torch.testing.assert_close(
         run(lm, new_tokens, input_ids), wide(input_ids, use_cache=False).logits, atol=1e-4, rtol=1e-4
@@ -76,7 +76,7 @@ def test_at_the_start_a_new_token_is_never_the_most_likely(name: str) -> None:
     logits = run(lm, new_tokens, torch.randint(3, VOCAB + 2, (4, 8)))
     assert not torch.isin(logits.argmax(-1), torch.tensor(IDS)).any()
     mean = lm.get_input_embeddings()(torch.arange(VOCAB)).mean(0)
-    torch.testing.assert_close(new_tokens.embeddings, mean.expand(3, -1))
+    torch.testing.assert_close(new_tokens.embeddings.weight, mean.expand(3, -1))
 
 
 def test_gradients_reach_the_new_rows_and_leave_frozen_ones_alone() -> None:
@@ -87,8 +87,10 @@ def test_gradients_reach_the_new_rows_and_leave_frozen_ones_alone() -> None:
     optimizer = torch.optim.AdamW(new_tokens.parameters(), lr=0.1, weight_decay=0.5)
     logits = run(lm, new_tokens, input_ids)
     F.cross_entropy(logits[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten()).backward()
-    assert new_tokens.embeddings.grad is not None
-    assert new_tokens.embeddings.grad.abs().sum(1).gt(0).tolist() == [True, True, False], "50 and VOCAB were read"
+    assert new_tokens.embeddings.weight.grad is not None
+    assert new_tokens.embeddings.weight.grad.abs().sum(1).gt(0).tolist() == [True, True, False], (
+        "50 and VOCAB were read"
+    )
     optimizer.step()
     assert all(torch.equal(tensor, before[name]) for name, tensor in lm.state_dict().items())
 
@@ -96,7 +98,7 @@ def test_gradients_reach_the_new_rows_and_leave_frozen_ones_alone() -> None:
 def test_tables_may_be_of_another_dtype_than_the_language_model() -> None:
     lm = make_lm("llama", dtype=torch.bfloat16)
     new_tokens = inject(lm)
-    assert new_tokens.embeddings.dtype == torch.float32
+    assert new_tokens.embeddings.weight.dtype == torch.float32
     logits = run(lm, new_tokens, torch.tensor([[VOCAB, 4]]))
     assert logits.dtype == torch.bfloat16
     assert logits.isfinite().all()
@@ -108,8 +110,8 @@ def test_copies_are_separate() -> None:
     input_ids = torch.tensor([[VOCAB, 4]])
     expected = run(lm, new_tokens, input_ids)
     lm_copy, copied = copy.deepcopy((lm, new_tokens))
-    nn.init.zeros_(new_tokens.embeddings)
-    nn.init.zeros_(new_tokens.head)
+    nn.init.zeros_(new_tokens.embeddings.weight)
+    nn.init.zeros_(new_tokens.head.weight)
     assert torch.equal(run(lm_copy, copied, input_ids), expected)
     assert not torch.equal(run(lm, new_tokens, input_ids), expected)
 
