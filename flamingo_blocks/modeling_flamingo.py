@@ -355,7 +355,7 @@ class FlamingoForConditionalGeneration(FlamingoGenerationMixin, PreTrainedModel)
             is_image = self._is_image(text)
             if media_cache is not None and media_cache.rows and not has_media:
                 is_image = torch.zeros_like(is_image)
-            media, num_media = self._encode(len(text), pixel_values, num_frames, vision_features)
+            media, num_media = self._encode(text.shape[0], pixel_values, num_frames, vision_features)
             if use_cache or media_cache is not None:
                 media_cache = MediaCache() if media_cache is None else media_cache
                 media_ranges = media_cache.update(
@@ -372,9 +372,10 @@ class FlamingoForConditionalGeneration(FlamingoGenerationMixin, PreTrainedModel)
                 media_ranges = media_mask.media_ranges(is_image, document_ids=document_ids, attend=self.config.attend)
             else:
                 num_media = None
-        if len(text) % len(media_ranges):
-            raise ValueError(f"media_ranges have {len(media_ranges)} rows, which must divide the text's, {len(text)}")
-        rows_per_media = len(text) // len(media_ranges)
+        rows, rows_of_ranges = text.shape[0], media_ranges.shape[0]
+        if rows % rows_of_ranges:
+            raise ValueError(f"media_ranges have {rows_of_ranges} rows, which must divide the text's, {rows}")
+        rows_per_media = rows // rows_of_ranges
         runs = MediaRuns.from_ranges(media_ranges.repeat(1, rows_per_media, 1), num_media=num_media)
         arguments = {
             "attention_mask": attention_mask,
@@ -464,8 +465,10 @@ class FlamingoForConditionalGeneration(FlamingoGenerationMixin, PreTrainedModel)
         if frames is None or frames.shape[1] == 0:
             weight = next(self.resampler.parameters())
             return weight.new_zeros(batch, 0, 1, self.resampler.dim), torch.zeros(batch, dtype=torch.long, device="cpu")
-        if len(frames) != batch:
-            raise ValueError(f"the media have {len(frames)} rows, but the text {batch}; give every row its own media")
+        if frames.shape[0] != batch:  # not len(), which export would take for a constant
+            raise ValueError(
+                f"the media have {frames.shape[0]} rows, but the text {batch}; give every row its own media"
+            )
         media = self.encode_media(pixel_values, num_frames, vision_features=vision_features)
         if num_frames is None:
             return media, torch.full((batch,), frames.shape[1], device="cpu")

@@ -1,12 +1,14 @@
-"""torch.compile: one graph, and no recompilation when media move. The run-time shape checks would break both."""
+"""torch.compile and torch.export: one graph, whatever the layout. The run-time shape checks would break both."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch._dynamo.testing import CompileCounter
+from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 
 from flamingo_blocks import (
     GatedCrossAttentionBlock,
@@ -130,3 +132,66 @@ def test_a_whole_model_compiles_to_one_graph_that_serves_every_layout(name: str)
         output = run(prompt.input_ids, prompt.pixel_values, prompt.num_frames, use_cache=False)
         torch.testing.assert_close(output.logits, model(**prompt.inputs).logits)
     assert compiler.frame_count == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_whole_model_trains_in_one_graph_whatever_the_texts_length(name: str) -> None:
+    model, compiler, counts = make_flamingo(name)[0], CompileCounterWithBackend("aot_eager"), set()
+    run: Any = torch.compile(model, backend=compiler, fullgraph=True, dynamic=True)
+    for text in (8, 11, 9):
+        prompt = Prompt.make(model, text=text, seed=text)
+        inputs = (prompt.input_ids, prompt.pixel_values, prompt.num_frames)
+        gradients = []
+        for call in (run, model):
+            model.zero_grad()
+            call(*inputs, labels=prompt.input_ids, use_cache=False).loss.backward()
+            gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+        for found, expected in zip(*gradients, strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+        counts.add(compiler.frame_count)
+    assert len(counts) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_inductor_gives_the_same(name: str) -> None:
+    model, _ = make_flamingo(name)
+    prompt = Prompt.make(model)
+    inputs = (prompt.input_ids, prompt.pixel_values, prompt.num_frames)
+    run: Any = torch.compile(model, fullgraph=True)
+    loss = run(*inputs, labels=prompt.input_ids, use_cache=False).loss
+    torch.testing.assert_close(loss, model(*inputs, labels=prompt.input_ids).loss)
+    found = torch.autograd.grad(loss, model.resampler.latents)
+    expected = torch.autograd.grad(model(*inputs, labels=prompt.input_ids).loss, model.resampler.latents)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_whole_model_is_exported_for_every_batch_text_and_layout(name: str, tmp_path: Path) -> None:
+    model, _ = make_flamingo(name)
+    any_size = torch.export.Dim.DYNAMIC
+    shapes = {
+        "input_ids": {0: any_size, 1: any_size},
+        "pixel_values": {0: any_size, 1: any_size},
+        "num_frames": {0: any_size, 1: any_size},
+        "use_cache": None,
+    }
+
+    def inputs(rows: int, text: int, media: int) -> dict[str, Any]:
+        prompt = Prompt.make(model, text=text, seed=text)
+        order = torch.arange(rows) % 2
+        return {
+            "input_ids": prompt.input_ids[order],
+            "pixel_values": F.pad(prompt.pixel_values, (0, 0) * 4 + (0, media - 2))[order],
+            "num_frames": F.pad(prompt.num_frames, (0, media - 2))[order],
+            "use_cache": False,
+        }
+
+    with torch.no_grad():
+        program = torch.export.export(model, (), inputs(3, 8, 2), dynamic_shapes=shapes, strict=False)
+        torch.export.save(program, tmp_path / "model.pt2")
+        exported: Any = torch.export.load(tmp_path / "model.pt2").module()
+        for size in ((3, 8, 2), (2, 13, 3), (5, 9, 2)):
+            given = inputs(*size)
+            torch.testing.assert_close(exported(**given).logits, model(**given).logits)
