@@ -6,6 +6,7 @@ backbones: where they came from, and a few numbers of each of their tensors, by 
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -138,7 +139,7 @@ def read_adapter(name_or_path: str | Path, **hub: Any) -> Adapter:
     try:
         content = json.loads(Path(record).read_text())
         found = int(content["format"])
-        backbones = {part: BackboneRecord(**content[part]) for part in BACKBONES} if found == FORMAT else {}
+        backbones = {part: _read_record(content[part]) for part in BACKBONES} if found == FORMAT else {}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{record} is damaged: {error!r}; copy the adapter again") from error
     if found != FORMAT:
@@ -155,6 +156,38 @@ def read_adapter(name_or_path: str | Path, **hub: Any) -> Adapter:
     )
 
 
+def _read_record(content: Any) -> BackboneRecord:
+    record = BackboneRecord(**content)
+    if not isinstance(getattr(torch, record.dtype, None), torch.dtype):
+        raise ValueError(f"there is no dtype {record.dtype!r}")
+    if not isinstance(record.tensors, dict) or not all(isinstance(text, str) for text in record.tensors.values()):
+        raise TypeError("tensors must be texts by name")
+    return record
+
+
+@contextmanager
+def unchanged_if_it_fails(*backbones: Any) -> Iterator[None]:
+    """Leave given backbones as they were if what is done inside fails: their modes, and what of them is trained.
+
+    Args:
+        *backbones: Models; what is none, such as a path, is of no account.
+    """
+    given: list[Any] = [backbone for backbone in backbones if isinstance(backbone, nn.Module)]
+    modes = [(module, module.training) for backbone in given for module in backbone.modules()]
+    trained = [(parameter, parameter.requires_grad) for backbone in given for parameter in backbone.parameters()]
+    configs = [(backbone.config, backbone.config.architectures) for backbone in given if hasattr(backbone, "config")]
+    try:
+        yield
+    except BaseException:
+        for module, mode in modes:
+            module.training = mode
+        for parameter, requires_grad in trained:
+            parameter.requires_grad_(requires_grad)
+        for config, architectures in configs:
+            config.architectures = architectures
+        raise
+
+
 def load_language_model_of(
     adapter: Adapter, given: str | Path | PreTrainedModel | None, dtype: torch.dtype | None
 ) -> Any:
@@ -164,7 +197,7 @@ def load_language_model_of(
         adapter: The adapter.
         given: An id, a path or a language model. None: what the adapter names; one that was trained is made anew, for
             its weights are in the adapter.
-        dtype: None: as when the adapter was saved, or as the given model.
+        dtype: Of one that is loaded here. None: as when the adapter was saved.
 
     Raises:
         ValueError: If it is another one, or the adapter names none.
@@ -175,8 +208,7 @@ def load_language_model_of(
     if given is None:
         is_trained = "language_model" not in (adapter.config.freeze or ())
         source = adapter.config.text_config if is_trained else _named(record, "language_model")
-    if not isinstance(given, nn.Module):
-        dtype = dtype or getattr(torch, record.dtype)
+    dtype = None if isinstance(given, nn.Module) else dtype or getattr(torch, record.dtype)
     lm, _ = load_language_model(source, dtype=dtype, revision=record.revision if given is None else None)
     _check_backbone(adapter, "language_model", lm)
     return lm
@@ -202,8 +234,7 @@ def load_vision_encoder_of(
     if given is None:
         is_trained = "vision_encoder" not in (adapter.config.freeze or ())
         source = config if is_trained else _named(record, "vision_encoder")
-    if not isinstance(given, nn.Module):
-        dtype = dtype or getattr(torch, record.dtype)
+    dtype = None if isinstance(given, nn.Module) else dtype or getattr(torch, record.dtype)
     encoder, _ = load_vision_encoder(
         source,
         image_size=None if size is None else (size[0], size[1]),

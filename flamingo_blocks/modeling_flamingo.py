@@ -28,6 +28,7 @@ from flamingo_blocks.adapter import (
     load_tensors,
     load_vision_encoder_of,
     read_adapter,
+    unchanged_if_it_fails,
     write_adapter,
 )
 from flamingo_blocks.backbones import (
@@ -585,30 +586,30 @@ class FlamingoForConditionalGeneration(FlamingoGenerationMixin, PreTrainedModel)
             language_model: Its id or path, or the language model itself, which is not copied. None: the one that the
                 adapter names, at the same revision.
             vision_encoder: The same for the vision encoder.
-            dtype: Of the backbones. None: as when the adapter was saved, or as the given ones are. The trained parts
-                keep theirs.
+            dtype: Of backbones that are loaded here. None: as when the adapter was saved. Given ones and the trained
+                parts keep theirs.
             **hub: Where and how to find the adapter, as transformers takes it: `revision`, `token`, `cache_dir`, ...
 
         Returns:
             The model, in eval mode. What was frozen is frozen again.
 
         Raises:
-            ValueError: If a file is damaged or a backbone is not the one that the adapter was trained beside; a given
-                language model is then as it was.
+            ValueError: If a file is damaged or a backbone is not the one that the adapter was trained beside; given
+                backbones are then as they were.
             OSError: If the adapter or a backbone is not found.
         """
+        if dtype is not None and isinstance(language_model, nn.Module) and isinstance(vision_encoder, nn.Module):
+            raise ValueError("dtype is for backbones that are loaded here; bring given ones to it with .to(dtype)")
         adapter = read_adapter(name_or_path, **hub)
-        lm = load_language_model_of(adapter, language_model, dtype)
-        encoder = load_vision_encoder_of(adapter, vision_encoder, dtype)
-        before = {parameter: parameter.requires_grad for part in (lm, encoder) for parameter in part.parameters()}
-        model = cls(adapter.config, language_model=lm, vision_encoder=encoder)
-        try:
-            load_tensors(model, adapter.tensors, cast_backbones=dtype is not None)
-        except ValueError:
-            model.eject()
-            for parameter, requires_grad in before.items():
-                parameter.requires_grad_(requires_grad)
-            raise
+        with unchanged_if_it_fails(language_model, vision_encoder):
+            lm = load_language_model_of(adapter, language_model, dtype)
+            encoder = load_vision_encoder_of(adapter, vision_encoder, dtype)
+            model = cls(adapter.config, language_model=lm, vision_encoder=encoder)
+            try:
+                load_tensors(model, adapter.tensors, cast_backbones=dtype is not None)
+            except ValueError:
+                model.eject()
+                raise
         model.generation_config = adapter.generation_config
         nn.Module.eval(model)
         return model

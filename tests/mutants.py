@@ -722,7 +722,7 @@ MUTANTS = [
         "damaged adapters leave the backbones alone",
         "the blocks stay in the language model",
         MODELING,
-        "            model.eject()\n",
+        "                model.eject()\n",
         "",
         "tests/test_adapter.py::test_damaged_files_are_refused_and_leave_the_backbones_alone",
     ),
