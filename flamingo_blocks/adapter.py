@@ -299,13 +299,12 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], *, cast_backbo
         ValueError: If a tensor is missing, there is one too many, or one has another shape or dtype than it should. The
             model is then as it was.
     """
-    own, expected = _tensors(model), trained_tensors(model)
+    expected = trained_tensors(model)
     wrong = [f"{name} is missing" for name in expected if name not in tensors]
     for name, tensor in tensors.items():
-        # Of a frozen backbone, single tensors may have been trained.
-        target = own.get(name)
+        target = expected.get(name)
         if target is None:
-            wrong.append(f"{name} belongs to nothing in the model")
+            wrong.append(f"{name} is nothing that was trained")
         elif target.shape != tensor.shape:
             wrong.append(f"{name} has shape {tuple(tensor.shape)}, should have {tuple(target.shape)}")
         elif target.dtype != tensor.dtype and not (cast_backbones and name.startswith(BACKBONES)):
@@ -314,9 +313,7 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], *, cast_backbo
         raise ValueError(f"{WEIGHTS} does not fit config.json: {_first(wrong)}; copy the adapter again")
     with torch.no_grad():
         for name, tensor in tensors.items():
-            own[name].copy_(tensor)
-            if isinstance(own[name], nn.Parameter):
-                own[name].requires_grad_()
+            expected[name].copy_(tensor)
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:

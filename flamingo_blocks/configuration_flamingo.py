@@ -110,6 +110,8 @@ class FlamingoConfig(PreTrainedConfig):
         num_latents: Latents of a medium, for the perceiver.
         max_frames: Number of learned temporal embeddings.
         freeze: Parts that are not trained: `"language_model"`, `"vision_encoder"`, both (the paper) or none.
+        freeze_exceptions: Parameters that were frozen though in no such part, or trained though in one, when it was
+            saved.
         image_token_id: Id of `<image>`. None: the first id behind the language model's vocabulary.
         end_of_chunk_token_id: Id of `<EOC>`. None: the id after `image_token_id`.
         new_token_ids: Those ids that the language model has no embedding for and that get a trained one. None:
@@ -151,6 +153,7 @@ class FlamingoConfig(PreTrainedConfig):
     num_latents: int = 64
     max_frames: int = 8
     freeze: list[Literal["language_model", "vision_encoder"]] | None = None
+    freeze_exceptions: list[str] | None = None
     image_token_id: int | None = None
     end_of_chunk_token_id: int | None = None
     new_token_ids: list[int] | None = None

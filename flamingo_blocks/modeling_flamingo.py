@@ -195,7 +195,7 @@ class FlamingoForConditionalGeneration(FlamingoGenerationMixin, PreTrainedModel)
         if not is_meta:
             for module in self.modules():
                 module._is_hf_initialized = True  # type: ignore[assignment]
-        self._note_dtypes()
+        self._note_parts()
         self.post_init()  # type: ignore[no-untyped-call]
 
     # ------------------------------------------------------------ what is trained
@@ -212,13 +212,17 @@ class FlamingoForConditionalGeneration(FlamingoGenerationMixin, PreTrainedModel)
         return self.language_model
 
     def freeze(self) -> None:
-        """Freeze the parts that `config.freeze` names, and unfreeze the other backbones."""
+        """Freeze the parts that `config.freeze` names, and unfreeze the other backbones, with `freeze_exceptions`."""
         frozen = self.config.freeze or ()
         self.language_model.requires_grad_("language_model" not in frozen)
         if "vision_encoder" in frozen:
             self.vision_encoder.freeze()
         else:
             self.vision_encoder.unfreeze()
+        parameters = dict(self.named_parameters())
+        for name in self.config.freeze_exceptions or ():
+            if name in parameters:
+                parameters[name].requires_grad_(name.startswith(tuple(frozen)))
 
     def trained_module_names(self) -> list[str]:
         """Name the resampler, the blocks and the new tokens' tables: what PEFT takes as `modules_to_save`.
@@ -547,7 +551,7 @@ class FlamingoForConditionalGeneration(FlamingoGenerationMixin, PreTrainedModel)
                 "the language model is quantised, and transformers could not load it as a part of something larger; "
                 "save what was trained with save_adapter, and load it around the same language model with from_adapter"
             )
-        self._note_dtypes()
+        self._note_parts()
         return super().save_pretrained(*args, **kwargs)
 
     def save_adapter(self, save_directory: str | Path) -> None:
@@ -564,7 +568,7 @@ class FlamingoForConditionalGeneration(FlamingoGenerationMixin, PreTrainedModel)
                 "PEFT has put adapters of its own into this model; save everything that is trained with PEFT's own "
                 "save_pretrained, or merge them first with merge_and_unload(), which changes the language model"
             )
-        self._note_dtypes()
+        self._note_parts()
         write_adapter(self, save_directory)
 
     @classmethod
@@ -614,8 +618,8 @@ class FlamingoForConditionalGeneration(FlamingoGenerationMixin, PreTrainedModel)
         nn.Module.eval(model)
         return model
 
-    def _note_dtypes(self) -> None:
-        """Write down the dtypes of the parts; transformers knows of one for the whole model only."""
+    def _note_parts(self) -> None:
+        """Write down the dtypes of the parts, of which transformers knows one, and what of them is frozen."""
         parts = [part for part in (self.resampler, self.injector, self.new_tokens) if part is not None]
         trained = {parameter.dtype for part in parts for parameter in part.parameters()}
         if len(trained) != 1:
@@ -623,6 +627,9 @@ class FlamingoForConditionalGeneration(FlamingoGenerationMixin, PreTrainedModel)
                 "resampler, blocks and new tokens must be of one dtype to be saved, got "
                 f"{', '.join(sorted(map(str, trained)))}; bring them to one with .to(dtype)"
             )
+        frozen = tuple(self.config.freeze or ())
+        exceptions = [n for n, p in self.named_parameters() if p.requires_grad == n.startswith(frozen)]
+        self.config.freeze_exceptions = exceptions or None
         vision = next(self.vision_encoder.parameters()).dtype
         self.config.trained_dtype = dtype_name(trained.pop())
         self.config.vision_dtype = None if vision == self.language_model.dtype else dtype_name(vision)

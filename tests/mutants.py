@@ -671,6 +671,14 @@ MUTANTS = [
         "tests/test_saving.py::test_language_models_with_ways_of_their_own_round_trip",
     ),
     Mutant(
+        "save and load keep the frozen set, also what was frozen by hand",
+        "what was frozen by hand is not written down",
+        MODELING,
+        "self.config.freeze_exceptions = exceptions or None",
+        "self.config.freeze_exceptions = None",
+        "tests/test_saving.py::test_what_was_frozen_by_hand_is_frozen_again",
+    ),
+    Mutant(
         "an adapter holds all that was trained",
         "parameters of a frozen backbone that were trained are left out",
         ADAPTER,

@@ -98,6 +98,19 @@ def test_language_models_with_ways_of_their_own_round_trip(architecture: str) ->
     saved(architecture)
 
 
+def test_what_was_frozen_by_hand_is_frozen_again(tmp_path: Path) -> None:
+    model, _ = make_flamingo()
+    model.resampler.requires_grad_(False)
+    model.language_model.model.norm.requires_grad_(True)
+    model.save_pretrained(tmp_path)
+    loaded = FlamingoForConditionalGeneration.from_pretrained(tmp_path)
+    assert_same_bits(loaded, model)
+    assert not loaded.resampler.latents.requires_grad
+    loaded.requires_grad_(True)
+    loaded.freeze()
+    assert not loaded.resampler.latents.requires_grad
+
+
 def test_what_was_loaded_can_be_saved_again(tmp_path: Path) -> None:
     model, _ = make_flamingo("gpt2", "swin")
     model.save_pretrained(tmp_path / "first")
