@@ -132,7 +132,13 @@ def read_adapter(name_or_path: str | Path, **hub: Any) -> Adapter:
         OSError: If there is no adapter.
         ValueError: If a file is damaged.
     """
-    files = {name: cached_file(str(name_or_path), name, **hub) for name in (RECORD, WEIGHTS, CONFIG_NAME)}
+    try:
+        files = {name: cached_file(str(name_or_path), name, **hub) for name in (RECORD, WEIGHTS, CONFIG_NAME)}
+    except Exception as error:
+        raise OSError(
+            f"{str(name_or_path)!r} holds no adapter: it is no directory that save_adapter wrote, and the hub has no "
+            f"such repository or cannot be reached. The reason was: {error}"
+        ) from error
     record, weights = str(files[RECORD]), str(files[WEIGHTS])
     if files[CONFIG_NAME] is None:  # the one file that transformers does not ask for by itself
         raise OSError(f"{str(name_or_path)!r} has no {CONFIG_NAME}; copy the adapter again")

@@ -394,6 +394,13 @@ def test_a_missing_file_is_named(name: str, saved: tuple[FlamingoForConditionalG
         load(path, model)
 
 
+@pytest.mark.parametrize("name", ["/no/such/directory", "nobody/has-this"])
+def test_a_name_that_is_no_adapter_says_so(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_hub(tmp_path, monkeypatch, {})
+    with pytest.raises(OSError, match=f"'{name}' holds no adapter: it is no directory that save_adapter wrote"):
+        FlamingoForConditionalGeneration.from_adapter(name)
+
+
 def test_a_whole_checkpoint_and_an_adapter_are_not_confused(tmp_path: Path) -> None:
     model, _ = make_flamingo()
     model.save_adapter(tmp_path / "adapter")
