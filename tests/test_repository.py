@@ -104,3 +104,9 @@ def test_every_link_to_a_file_leads_there(page: str) -> None:
 def test_deliberate_bugs_stand_where_the_code_is_now() -> None:
     for mutant in MUTANTS:
         assert (ROOT / mutant.path).read_text().count(mutant.old) == 1, f"{mutant.bug}: {mutant.old}"
+
+
+def test_fences_of_the_docs_are_such_as_the_site_understands() -> None:
+    """Words behind the language end a fence for mkdocs, unless they stand in braces with it."""
+    for page in (ROOT / "docs").rglob("*.md"):
+        assert not re.findall(r"^\s*```\w+ .*$", page.read_text(), flags=re.MULTILINE), page
