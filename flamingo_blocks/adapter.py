@@ -5,9 +5,11 @@ backbones: where they came from, and a few numbers of each of their tensors, by 
 """
 
 import json
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from difflib import get_close_matches
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -30,6 +32,21 @@ FORMAT = 1
 BACKBONES = ("language_model", "vision_encoder")
 SAMPLES = 4
 SHOWN = 3
+_HUB_OPTIONS = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "force_download", "proxies")
+# What may differ in the configuration of the same language model.
+_NO_MATTER = (
+    "dtype",
+    "architectures",
+    "version",
+    "attn",
+    "cache",
+    "output_",
+    "token_id",
+    "drop",
+    "quant",
+    "init",
+    "return_",
+)
 
 
 @dataclass(frozen=True)
@@ -38,9 +55,10 @@ class BackboneRecord:
 
     Attributes:
         module: Name of its class.
-        name_or_path: Where it came from; empty if it was given as a model or made from a configuration.
-        revision: Its commit on the hub, if it came from there.
+        name_or_path: Where it came from; empty if it does not tell.
+        revision: Its commit on the hub, if it was loaded from there by its id.
         dtype: Of its first parameter.
+        layout: How a vision encoder lays out its tokens, and in which dtype; empty for a language model.
         tensors: For each frozen parameter or buffer, its dtype, shape and a few of its numbers, see `fingerprint`.
     """
 
@@ -48,6 +66,7 @@ class BackboneRecord:
     name_or_path: str
     revision: str | None
     dtype: str
+    layout: str
     tensors: dict[str, str]
 
 
@@ -108,17 +127,18 @@ def write_adapter(model: Any, directory: str | Path) -> None:
             "name_or_path": name_or_path or "",
             "revision": revision,
             "dtype": dtype_name(next(backbone.parameters()).dtype),
+            "layout": _layout(backbone),
             "tensors": fingerprint(backbone, without={name.removeprefix(f"{part}.") for name in tensors}),
         }
-    model.config.save_pretrained(directory)
-    model.generation_config.save_pretrained(directory)
-    # Each file is there as a whole or not at all, also if writing is cut short.
-    unfinished = directory / f"{WEIGHTS}.unfinished"
-    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, unfinished, {"format": "pt"})
-    unfinished.replace(directory / WEIGHTS)
-    unfinished = directory / f"{RECORD}.unfinished"
-    unfinished.write_text(json.dumps(record, indent=2) + "\n")
-    unfinished.replace(directory / RECORD)
+    # An earlier adapter is replaced only when all of the new one is there.
+    with tempfile.TemporaryDirectory(dir=directory) as unfinished:
+        model.config.save_pretrained(unfinished)
+        model.generation_config.save_pretrained(unfinished)
+        contents = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+        save_file(contents, Path(unfinished) / WEIGHTS, {"format": "pt"})
+        (Path(unfinished) / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+        for file in Path(unfinished).iterdir():
+            file.replace(directory / file.name)
 
 
 def read_adapter(name_or_path: str | Path, **hub: Any) -> Adapter:
@@ -130,8 +150,15 @@ def read_adapter(name_or_path: str | Path, **hub: Any) -> Adapter:
 
     Raises:
         OSError: If there is no adapter.
+        TypeError: If an option is unknown.
         ValueError: If a file is damaged.
     """
+    for option in hub:
+        if option not in _HUB_OPTIONS:
+            nearest = get_close_matches(
+                option, ["language_model", "vision_encoder", "dtype", *_HUB_OPTIONS], n=1, cutoff=0
+            )
+            raise TypeError(f"from_adapter has no option {option!r}; did you mean {nearest[0]!r}?")
     try:
         files = {name: cached_file(str(name_or_path), name, **hub) for name in (RECORD, WEIGHTS, CONFIG_NAME)}
     except Exception as error:
@@ -146,7 +173,7 @@ def read_adapter(name_or_path: str | Path, **hub: Any) -> Adapter:
         content = json.loads(Path(record).read_text())
         found = int(content["format"])
         backbones = {part: _read_record(content[part]) for part in BACKBONES} if found == FORMAT else {}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise ValueError(f"{record} is damaged: {error!r}; copy the adapter again") from error
     if found != FORMAT:
         raise ValueError(f"{record} is of format {found}, this version reads {FORMAT}; install a newer flamingo-blocks")
@@ -166,8 +193,9 @@ def _read_record(content: Any) -> BackboneRecord:
     record = BackboneRecord(**content)
     if not isinstance(getattr(torch, record.dtype, None), torch.dtype):
         raise ValueError(f"there is no dtype {record.dtype!r}")
-    if not isinstance(record.tensors, dict) or not all(isinstance(text, str) for text in record.tensors.values()):
-        raise TypeError("tensors must be texts by name")
+    for text in record.tensors.values() if isinstance(record.tensors, dict) else [None]:
+        if not isinstance(text, str) or (text and not _numbers(text)):
+            raise TypeError("tensors must be texts by name, with dtype, shape and numbers")
     return record
 
 
@@ -181,7 +209,10 @@ def unchanged_if_it_fails(*backbones: Any) -> Iterator[None]:
     given: list[Any] = [backbone for backbone in backbones if isinstance(backbone, nn.Module)]
     modes = [(module, module.training) for backbone in given for module in backbone.modules()]
     trained = [(parameter, parameter.requires_grad) for backbone in given for parameter in backbone.parameters()]
-    configs = [(backbone.config, backbone.config.architectures) for backbone in given if hasattr(backbone, "config")]
+    encoders = [(backbone, backbone.is_frozen) for backbone in given if isinstance(backbone, VisionEncoder)]
+    configs = [
+        (backbone.config, backbone.config.architectures) for backbone in given if isinstance(backbone, PreTrainedModel)
+    ]
     try:
         yield
     except BaseException:
@@ -189,6 +220,8 @@ def unchanged_if_it_fails(*backbones: Any) -> Iterator[None]:
             module.training = mode
         for parameter, requires_grad in trained:
             parameter.requires_grad_(requires_grad)
+        for encoder, is_frozen in encoders:
+            encoder.is_frozen = is_frozen
         for config, architectures in configs:
             config.architectures = architectures
         raise
@@ -215,7 +248,8 @@ def load_language_model_of(
         is_trained = "language_model" not in (adapter.config.freeze or ())
         source = adapter.config.text_config if is_trained else _named(record, "language_model")
     dtype = None if isinstance(given, nn.Module) else dtype or getattr(torch, record.dtype)
-    lm, _ = load_language_model(source, dtype=dtype, revision=record.revision if given is None else None)
+    lm, commit = load_language_model(source, dtype=dtype, revision=record.revision if given is None else None)
+    adapter.config.text_revision = record.revision if given is None else commit
     _check_backbone(adapter, "language_model", lm)
     return lm
 
@@ -241,7 +275,7 @@ def load_vision_encoder_of(
         is_trained = "vision_encoder" not in (adapter.config.freeze or ())
         source = config if is_trained else _named(record, "vision_encoder")
     dtype = None if isinstance(given, nn.Module) else dtype or getattr(torch, record.dtype)
-    encoder, _ = load_vision_encoder(
+    encoder, found = load_vision_encoder(
         source,
         image_size=None if size is None else (size[0], size[1]),
         channels=config.channels,
@@ -250,6 +284,8 @@ def load_vision_encoder_of(
     )
     if not isinstance(given, VisionEncoder) and config.output_dtype is not None:
         encoder.output_dtype = getattr(torch, config.output_dtype)
+    if given is not None:
+        config.name_or_path, config.revision = found.name_or_path, found.revision
     _check_backbone(adapter, "vision_encoder", encoder)
     return encoder
 
@@ -268,7 +304,12 @@ def _check_backbone(adapter: Adapter, part: str, backbone: nn.Module) -> None:
     record = adapter.backbones[part]
     module = type(getattr(backbone, "backbone", backbone)).__name__
     differences = [f"it is a {module}, not a {record.module}"] if module != record.module else []
-    if not differences:
+    if _layout(backbone) != record.layout:
+        differences.append(f"it gives {_layout(backbone)}, not {record.layout}")
+    if isinstance(backbone, PreTrainedModel):
+        recorded: Any = adapter.config.text_config
+        differences += _config_differences(backbone.config.to_dict(), recorded.to_dict())
+    if not differences and part in (adapter.config.freeze or ()):
         found = fingerprint(backbone, without={name.removeprefix(f"{part}.") for name in adapter.tensors})
         differences = list(_differences(found, record.tensors, dict(backbone.named_parameters())))
     if differences:
@@ -278,6 +319,46 @@ def _check_backbone(adapter: Adapter, part: str, backbone: nn.Module) -> None:
             f"{part} is not the one that this adapter was trained beside, {source}: {_first(differences)}. Load that "
             "one; to try the adapter beside another one, build a Flamingo around it, and give the tensors of "
             f"{WEIGHTS} to load_state_dict(strict=False)"
+        )
+
+
+def _layout(backbone: nn.Module) -> str:
+    if not isinstance(backbone, VisionEncoder):
+        return ""
+    dtype = "its own dtype" if backbone.output_dtype is None else dtype_name(backbone.output_dtype)
+    return f"{backbone.layout} in {dtype}"
+
+
+def _config_differences(found: Any, recorded: Any, name: str = "its config's") -> list[str]:
+    """Compare what both configurations say; versions of transformers may say more or less."""
+    if isinstance(found, dict) and isinstance(recorded, dict):
+        shared = [key for key in recorded if key in found and not str(key).startswith("_")]
+        shared = [key for key in shared if not any(word in str(key) for word in _NO_MATTER)]
+        return [line for key in shared for line in _config_differences(found[key], recorded[key], f"{name} {key}")]
+    # JSON knows no tuples.
+    same = json.dumps(found, default=str) == json.dumps(recorded, default=str)
+    return [] if same else [f"{name} is {found!r}, not {recorded!r}"]
+
+
+def check_is_unchanged(part: str, backbone: nn.Module, before: Mapping[str, str], *, without: set[str]) -> None:
+    """Check that a frozen backbone is what it was, so that nothing that was trained gets lost.
+
+    Args:
+        part: What it is called in the error.
+        backbone: It.
+        before: Its fingerprint when the model was made.
+        without: Names of tensors that do not count.
+
+    Raises:
+        ValueError: If a tensor has changed.
+    """
+    recorded = {name: text for name, text in before.items() if name not in without}
+    differences = list(_differences(fingerprint(backbone, without=without), recorded, {}))
+    if differences:
+        raise ValueError(
+            f"{part} has changed since the model was made, though it is frozen now: {_first(differences)}. An adapter "
+            "does not hold what is frozen: let what was trained require gradients, or save everything with "
+            "save_pretrained"
         )
 
 
@@ -293,13 +374,12 @@ def fingerprint(backbone: nn.Module, *, without: set[str] | frozenset[str] = fro
     return {name: _describe(tensor) for name, tensor in _tensors(backbone).items() if name not in without}
 
 
-def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], *, cast_backbones: bool) -> None:
+def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Load the tensors of an adapter, all of them or none.
 
     Args:
         model: A Flamingo around the backbones that the adapter was trained beside.
-        tensors: Those of the adapter.
-        cast_backbones: Whether trained tensors of the backbones may be of another dtype than the backbones.
+        tensors: Those of the adapter. Those of a backbone are cast to its dtype.
 
     Raises:
         ValueError: If a tensor is missing, there is one too many, or one has another shape or dtype than it should. The
@@ -313,26 +393,38 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], *, cast_backbo
             wrong.append(f"{name} is nothing that was trained")
         elif target.shape != tensor.shape:
             wrong.append(f"{name} has shape {tuple(tensor.shape)}, should have {tuple(target.shape)}")
-        elif target.dtype != tensor.dtype and not (cast_backbones and name.startswith(BACKBONES)):
+        elif target.is_meta or type(target.data) is not Tensor:
+            wrong.append(f"{name} cannot be written to, since it is offloaded or quantised")
+        elif target.dtype != tensor.dtype and not (
+            name.startswith(BACKBONES) and target.is_floating_point() and tensor.is_floating_point()
+        ):
             wrong.append(f"{name} is {dtype_name(tensor.dtype)}, should be {dtype_name(target.dtype)}")
     if wrong:
-        raise ValueError(f"{WEIGHTS} does not fit config.json: {_first(wrong)}; copy the adapter again")
+        raise ValueError(
+            f"{WEIGHTS} does not fit config.json: {_first(wrong)}; copy the adapter again, if the backbones are those "
+            "that it was trained beside"
+        )
     with torch.no_grad():
         for name, tensor in tensors.items():
             expected[name].copy_(tensor)
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers, each once."""
-    persistent = module.state_dict().keys()
-    buffers = {name: buffer for name, buffer in module.named_buffers() if name in persistent}
-    return {**dict(module.named_parameters()), **buffers}
+    """Parameters and persistent buffers, each once. Not by state_dict(), for which bitsandbytes repacks its weights."""
+    owners = dict(module.named_modules())
+    buffers = {name: name.rpartition(".") for name, _ in module.named_buffers()}
+    persistent = {
+        name: module.get_buffer(name)
+        for name, (owner, _, own_name) in buffers.items()
+        if own_name not in owners[owner]._non_persistent_buffers_set
+    }
+    return {**dict(module.named_parameters()), **persistent}
 
 
 def _is_plain(tensor: Tensor) -> bool:
     """Whether a tensor holds its own numbers: quantised ones are of a subclass, or of integers."""
     inner = tensor.data if isinstance(tensor, nn.Parameter) else tensor
-    return type(inner) is Tensor and inner.is_floating_point() and not inner.is_meta
+    return type(inner) is Tensor and inner.is_floating_point() and inner.itemsize > 1 and not inner.is_meta
 
 
 def _describe(tensor: Tensor) -> str:
@@ -351,21 +443,26 @@ def _differences(found: Mapping[str, str], record: Mapping[str, str], parameters
             continue
         if not text or not found[name]:  # quantised, then or now
             continue
-        dtype, shape, *numbers = text.split(" ")
-        dtype_found, shape_found, *numbers_found = found[name].split(" ")
+        dtype, shape, *_ = text.split(" ")
+        dtype_found, shape_found, *_ = found[name].split(" ")
+        numbers, numbers_found = _numbers(text), _numbers(found[name])
         if shape != shape_found:
             yield f"{name} has shape {shape_found}, not {shape}"
         elif dtype == dtype_found:
-            if numbers != numbers_found:
+            if str(numbers) != str(numbers_found):
                 yield f"{name} holds other numbers"
-        elif not all(map(_is_close, map(float, numbers), map(float, numbers_found))):
+        elif not all(map(_is_close, numbers, numbers_found)):
             yield f"{name} holds other numbers"
     yield from (f"it has {name}, which that one had not" for name in found if name not in record and name in parameters)
 
 
+def _numbers(text: str) -> list[float]:
+    return [float(number) for number in text.split(" ")[2:]]
+
+
 def _is_close(one: float, other: float) -> bool:
     """Whether two numbers may be one, rounded to half precision in different ways."""
-    return abs(one - other) <= 2**-8 * abs(one) + 1e-6
+    return str(one) == str(other) or abs(one - other) <= 2**-8 * abs(one) + 1e-6  # infinite, or no numbers
 
 
 def _first(differences: list[str]) -> str:

@@ -166,6 +166,8 @@ def load_vision_encoder(
         elif revision is not None:
             architecture, weights = _at_revision(name, revision)
         with loading("vision_encoder", vision_encoder):
+            if not Path(name).is_dir() and (isinstance(vision_encoder, Path) or name.startswith(("/", ".", "~"))):
+                raise FileNotFoundError("no such directory")
             encoder = VisionEncoder.from_timm(
                 architecture,
                 pretrained=True,

@@ -20,14 +20,17 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils import SAFE_WEIGHTS_NAME
 
 from flamingo_blocks.adapter import (
+    BACKBONES,
     RECORD,
+    check_is_unchanged,
+    fingerprint,
     load_language_model_of,
     load_tensors,
     load_vision_encoder_of,
     read_adapter,
+    trained_tensors,
     unchanged_if_it_fails,
     write_adapter,
 )
@@ -141,6 +144,10 @@ class FlamingoForConditionalGeneration(FlamingoGenerationMixin, PreTrainedModel)
             # Some classes are not the ones that transformers makes of their configuration.
             language_model.config.architectures = [type(language_model).__name__]
         super().__init__(config)
+        if vision_encoder is not None and not isinstance(vision_encoder, VisionEncoder):
+            raise ValueError(
+                f"vision_encoder must be a VisionEncoder, got {type(vision_encoder).__name__}; make one of it"
+            )
         # Under from_pretrained, modules are made without data, and all non-persistent buffers are lost.
         is_meta = torch.get_default_device().type == "meta"
         if is_meta and language_model is not None and language_model.device.type != "meta":
@@ -196,6 +203,7 @@ class FlamingoForConditionalGeneration(FlamingoGenerationMixin, PreTrainedModel)
             for module in self.modules():
                 module._is_hf_initialized = True  # type: ignore[assignment]
         self._note_parts()
+        self._remember_backbones()
         self.post_init()  # type: ignore[no-untyped-call]
 
     # ------------------------------------------------------------ what is trained
@@ -523,12 +531,15 @@ class FlamingoForConditionalGeneration(FlamingoGenerationMixin, PreTrainedModel)
         Raises:
             ValueError: If `device_map` offloads the vision encoder or the resampler; other parts may be offloaded.
         """
-        path = Path(str(args[0] if args else kwargs.get("pretrained_model_name_or_path")))
-        if (path / RECORD).is_file() and not (path / SAFE_WEIGHTS_NAME).exists():
-            raise ValueError(
-                f"{str(path)!r} holds an adapter, without the backbones; load it with {cls.__name__}.from_adapter"
-            )
-        result = super().from_pretrained(*args, **kwargs)
+        try:
+            result = super().from_pretrained(*args, **kwargs)
+        except OSError as error:
+            path = str(args[0] if args else kwargs.get("pretrained_model_name_or_path"))
+            if (Path(path) / RECORD).is_file():
+                raise ValueError(
+                    f"{path!r} holds an adapter, without the backbones; load it with {cls.__name__}.from_adapter"
+                ) from error
+            raise
         model = result[0] if isinstance(result, tuple) else result
         for name in ("vision_encoder", "resampler"):
             if any(parameter.is_meta for parameter in getattr(model, name).parameters()):
@@ -538,14 +549,16 @@ class FlamingoForConditionalGeneration(FlamingoGenerationMixin, PreTrainedModel)
                 )
         model._restore_buffers()
         model.freeze()
+        model._remember_backbones()
         return result
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
         """Save the whole model, backbones included; arguments as in transformers.
 
         Raises:
-            ValueError: If the language model is quantised.
+            ValueError: If the language model is quantised, or PEFT has put LoRA or the like into the model.
         """
+        self._check_no_peft()
         if is_quantized(self.language_model):
             raise ValueError(
                 "the language model is quantised, and transformers could not load it as a part of something larger; "
@@ -561,15 +574,29 @@ class FlamingoForConditionalGeneration(FlamingoGenerationMixin, PreTrainedModel)
             save_directory: Made if it is not there. The processor goes there with its own `save_pretrained`.
 
         Raises:
-            ValueError: If the trained parts are of several dtypes, or PEFT has put LoRA or the like into the model.
+            ValueError: If the trained parts are of several dtypes, a backbone was trained but is frozen now, or PEFT
+                has put LoRA or the like into the model.
         """
+        self._check_no_peft()
+        self._note_parts()
+        saved = trained_tensors(self)
+        for part, before in self._backbones_before.items():
+            if part in (self.config.freeze or ()):
+                without = {name.removeprefix(f"{part}.") for name in saved}
+                check_is_unchanged(part, getattr(self, part), before, without=without)
+        write_adapter(self, save_directory)
+
+    def _check_no_peft(self) -> None:
         if has_peft(self):
             raise ValueError(
                 "PEFT has put adapters of its own into this model; save everything that is trained with PEFT's own "
-                "save_pretrained, or merge them first with merge_and_unload(), which changes the language model"
+                "save_pretrained, or merge them first with merge_and_unload(), after which save_pretrained saves the "
+                "whole model"
             )
-        self._note_parts()
-        write_adapter(self, save_directory)
+
+    def _remember_backbones(self) -> None:
+        """Note a few numbers of the backbones, by which it is noticed that they were trained and frozen again."""
+        self._backbones_before = {part: fingerprint(getattr(self, part)) for part in BACKBONES}
 
     @classmethod
     def from_adapter(
@@ -578,7 +605,7 @@ class FlamingoForConditionalGeneration(FlamingoGenerationMixin, PreTrainedModel)
         *,
         language_model: str | Path | PreTrainedModel | None = None,
         vision_encoder: str | Path | nn.Module | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         **hub: Any,
     ) -> "FlamingoForConditionalGeneration":
         """Load what `save_adapter` wrote, and the backbones that it was trained beside.
@@ -601,19 +628,22 @@ class FlamingoForConditionalGeneration(FlamingoGenerationMixin, PreTrainedModel)
             ValueError: If a file is damaged or a backbone is not the one that the adapter was trained beside; given
                 backbones are then as they were.
             OSError: If the adapter or a backbone is not found.
+            TypeError: If an option is unknown.
         """
         if dtype is not None and isinstance(language_model, nn.Module) and isinstance(vision_encoder, nn.Module):
             raise ValueError("dtype is for backbones that are loaded here; bring given ones to it with .to(dtype)")
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         adapter = read_adapter(name_or_path, **hub)
         with unchanged_if_it_fails(language_model, vision_encoder):
             lm = load_language_model_of(adapter, language_model, dtype)
             encoder = load_vision_encoder_of(adapter, vision_encoder, dtype)
             model = cls(adapter.config, language_model=lm, vision_encoder=encoder)
             try:
-                load_tensors(model, adapter.tensors, cast_backbones=dtype is not None)
-            except ValueError:
+                load_tensors(model, adapter.tensors)
+            except BaseException:
                 model.eject()
                 raise
+        model._remember_backbones()
         model.generation_config = adapter.generation_config
         nn.Module.eval(model)
         return model

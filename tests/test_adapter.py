@@ -31,8 +31,8 @@ def backbones_of(model: FlamingoForConditionalGeneration) -> dict[str, Any]:
     """The backbones, as one has them who has not built a Flamingo yet."""
     model = copy.deepcopy(model)
     backbones = {"language_model": model.eject(), "vision_encoder": model.vision_encoder}
-    for backbone in backbones.values():
-        backbone.requires_grad_(True)
+    backbones["vision_encoder"].unfreeze()
+    backbones["language_model"].requires_grad_(True)
     return backbones
 
 
@@ -190,7 +190,7 @@ def test_backbones_are_found_where_they_were(tmp_path: Path) -> None:
     model.save_adapter(tmp_path / "adapter")
     processor.save_pretrained(tmp_path / "adapter")
     assert_same(FlamingoForConditionalGeneration.from_adapter(tmp_path / "adapter"), model)
-    half = FlamingoForConditionalGeneration.from_adapter(tmp_path / "adapter", dtype=torch.bfloat16)
+    half = FlamingoForConditionalGeneration.from_adapter(tmp_path / "adapter", dtype="bfloat16")
     assert half.language_model.dtype == next(half.vision_encoder.parameters()).dtype == torch.bfloat16
     FlamingoProcessor.from_pretrained(tmp_path / "adapter")
     # They may have moved since.
@@ -199,6 +199,8 @@ def test_backbones_are_found_where_they_were(tmp_path: Path) -> None:
         "vision_encoder": backbone.rename(tmp_path / "b"),
     }
     assert_same(FlamingoForConditionalGeneration.from_adapter(tmp_path / "adapter", **moved), model)
+    FlamingoForConditionalGeneration.from_adapter(tmp_path / "adapter", **moved).save_adapter(tmp_path / "again")
+    assert_same(FlamingoForConditionalGeneration.from_adapter(tmp_path / "again"), model)
     with pytest.raises(OSError, match=r"(?s)language_model='.*lm' could not be loaded"):
         FlamingoForConditionalGeneration.from_adapter(tmp_path / "adapter")
 
@@ -314,12 +316,73 @@ def assert_untouched(backbones: dict[str, Any], path: Path, message: str) -> Non
             parameter = backbone.get_parameter(name)
             assert torch.equal(parameter, expected)
             assert parameter.requires_grad == expected.requires_grad
+        assert getattr(backbone, "is_frozen", None) == getattr(before[part], "is_frozen", None)
         assert [m.training for m in backbone.modules()] == [m.training for m in before[part].modules()]
         assert not any(module._forward_pre_hooks or module._forward_hooks for module in backbone.modules())
     assert backbones["language_model"].config.to_dict() == before["language_model"].config.to_dict()
 
 
+def test_the_same_numbers_in_another_model_are_another_backbone(
+    saved: tuple[FlamingoForConditionalGeneration, Path],
+) -> None:
+    model, path = saved
+    config = copy.deepcopy(model.language_model.config)
+    config.num_attention_heads = config.num_key_value_heads = 2
+    config.head_dim = 16
+    other = type(model.language_model)(config)
+    other.load_state_dict(model.language_model.state_dict())
+    backbones = backbones_of(model) | {"language_model": other.requires_grad_(True)}
+    assert_untouched(backbones, path, "its config's num_attention_heads is 2, not 4")
+    backbones = backbones_of(model)
+    backbones["vision_encoder"].output_dtype = torch.bfloat16
+    assert_untouched(backbones, path, "in bfloat16, not TokenLayout.* in its own dtype")
+
+
+def test_tensors_that_cannot_be_written_to_are_refused(tmp_path: Path) -> None:
+    from accelerate import cpu_offload
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    model, _ = make_flamingo()
+    backbones = backbones_of(model)
+    model.language_model.model.layers[1].mlp.up_proj.weight.requires_grad_()
+    model.save_adapter(tmp_path)
+    quantised = copy.deepcopy(backbones)
+    quantize_(quantised["language_model"], Int8WeightOnlyConfig())
+    message = r"layers\.1\.mlp\.up_proj\.weight cannot be written to, since it is offloaded or quantised"
+    with pytest.raises(ValueError, match=message):
+        FlamingoForConditionalGeneration.from_adapter(tmp_path, **quantised)
+    assert not any(module._forward_pre_hooks for module in quantised["language_model"].modules())
+    cpu_offload(backbones["language_model"].model.layers[1], torch.device("cpu"))
+    with pytest.raises(ValueError, match=message):
+        FlamingoForConditionalGeneration.from_adapter(tmp_path, **backbones)
+
+
+def test_what_was_trained_and_frozen_again_is_not_lost(tmp_path: Path) -> None:
+    model, _ = make_flamingo()
+    model.language_model.model.norm.weight.data.mul_(1.5)
+    with pytest.raises(ValueError, match=r"language_model has changed since.*model\.norm\.weight holds other numbers"):
+        model.save_adapter(tmp_path)
+    model.language_model.model.norm.requires_grad_()
+    model.save_adapter(tmp_path)
+    model.save_pretrained(tmp_path / "whole")
+    loaded = FlamingoForConditionalGeneration.from_pretrained(tmp_path / "whole")
+    loaded.to(torch.bfloat16).save_adapter(tmp_path / "half")  # another dtype is no change
+
+
 # ---------------------------------------------------------------- damaged files
+
+
+def test_an_adapter_that_cannot_be_written_leaves_the_earlier_one(
+    saved: tuple[FlamingoForConditionalGeneration, Path],
+) -> None:
+    model, path = saved
+    before = copy.deepcopy(model)
+    model.config.attend = "all_previous"
+    model.generation_config.temperature = 0.5
+    with pytest.raises(ValueError, match="temperature"):
+        model.save_adapter(path)
+    assert {file.name for file in path.iterdir()} == {"config.json", "generation_config.json", WEIGHTS, RECORD}
+    assert_same(load(path, before), before)
 
 
 def rewrite(path: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
@@ -406,9 +469,17 @@ def test_a_whole_checkpoint_and_an_adapter_are_not_confused(tmp_path: Path) -> N
     model.save_adapter(tmp_path / "adapter")
     with pytest.raises(ValueError, match=r"holds an adapter, without the backbones; load it with .*from_adapter"):
         FlamingoForConditionalGeneration.from_pretrained(tmp_path / "adapter")
-    model.save_pretrained(tmp_path / "whole")
+    model.save_pretrained(tmp_path / "whole", max_shard_size="100KB")
     with pytest.raises(OSError, match=RECORD):
         FlamingoForConditionalGeneration.from_adapter(tmp_path / "whole")
+    model.save_adapter(tmp_path / "whole")  # both in one place
+    assert_same(FlamingoForConditionalGeneration.from_pretrained(tmp_path / "whole"), model)
+
+
+def test_an_unknown_option_is_refused(saved: tuple[FlamingoForConditionalGeneration, Path]) -> None:
+    model, path = saved
+    with pytest.raises(TypeError, match="has no option 'languge_model'; did you mean 'language_model'"):
+        load(path, model, languge_model=3)
 
 
 def test_a_model_with_peft_inside_is_saved_by_peft(tmp_path: Path) -> None:
@@ -416,5 +487,6 @@ def test_a_model_with_peft_inside_is_saved_by_peft(tmp_path: Path) -> None:
 
     model, _ = make_flamingo()
     wrapped: Any = get_peft_model(model, LoraConfig(target_modules=r"language_model\..*q_proj"))
-    with pytest.raises(ValueError, match="save everything that is trained with PEFT's own save_pretrained, or merge"):
-        wrapped.save_adapter(tmp_path)
+    for save in (wrapped.save_adapter, model.save_pretrained):
+        with pytest.raises(ValueError, match="save everything that is trained with PEFT's own save_pretrained, or"):
+            save(tmp_path)

@@ -289,6 +289,12 @@ def test_a_directory_that_holds_no_backbone_is_refused(tmp_path: Path) -> None:
         build(vision=tmp_path)
 
 
+@pytest.mark.parametrize("path", ["/no/such/backbone", Path("backbone")])
+def test_a_path_that_is_not_there_is_no_name_of_timm(path: Any) -> None:
+    with pytest.raises(OSError, match=f"(?s)vision_encoder='{path}' could not be loaded.*FileNotFoundError"):
+        build(vision=path)
+
+
 def test_an_unknown_backbone_is_named() -> None:
     with pytest.raises(OSError, match=r"(?s)vision_encoder='resnet1800' could not be loaded.*Unknown model"):
         build(vision="resnet1800")

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from flamingo_blocks import FlamingoForConditionalGeneration, parameter_groups
 from tests.tiny_flamingo import make_flamingo
@@ -88,14 +88,15 @@ def test_bf16_losses_are_close_to_those_of_float32(tmp_path: Path) -> None:
     torch.testing.assert_close(losses(half), losses(full), rtol=2e-2, atol=0.0)
 
 
-def test_evaluation_gathers_the_logits_and_no_caches(tmp_path: Path) -> None:
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_evaluation_gathers_the_logits_and_no_caches(use_cache: bool, tmp_path: Path) -> None:
     found: list[Any] = []
 
     def compute_metrics(prediction: Any) -> dict[str, float]:
         found.append(prediction)
         return {"rows": len(prediction.label_ids)}
 
-    trainer = make_trainer(tmp_path, keywords={"compute_metrics": compute_metrics})
+    trainer = make_trainer(tmp_path, keywords={"compute_metrics": compute_metrics}, use_cache=use_cache)
     metrics = trainer.evaluate()
     assert trainer.label_names == ["labels"]
     batch = collate(make_examples(5, seed=1))
@@ -151,6 +152,14 @@ def test_the_best_model_is_loaded_at_the_end(tmp_path: Path) -> None:
     assert trained(trainer.model) == before
 
 
+class NoteSteps(TrainerCallback):
+    def __init__(self, steps: list[int]) -> None:
+        self.steps = steps
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        self.steps.append(state.global_step)
+
+
 @pytest.mark.slow
 def test_a_run_resumed_after_a_kill_ends_as_an_uninterrupted_one(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.tiny_training", str(tmp_path / "killed"), "5"]
@@ -161,9 +170,11 @@ def test_a_run_resumed_after_a_kill_ends_as_an_uninterrupted_one(tmp_path: Path)
     uninterrupted = make_resumable_trainer(tmp_path / "uninterrupted")
     before = copy.deepcopy(weights(uninterrupted.model))
     uninterrupted.train()
-    resumed = make_resumable_trainer(tmp_path / "killed")
+    steps: list[int] = []
+    resumed = make_resumable_trainer(tmp_path / "killed", NoteSteps(steps))
     frozen = {name for name, p in resumed.model.named_parameters() if not p.requires_grad}
     resumed.train(resume_from_checkpoint=True)
+    assert steps == [4, 5], "it went on, and did not begin anew"
     assert losses(resumed) == losses(uninterrupted)
     assert not differing(weights(resumed.model), weights(uninterrupted.model))
     assert frozen == {name for name, p in resumed.model.named_parameters() if not p.requires_grad}
