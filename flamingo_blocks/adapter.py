@@ -5,6 +5,7 @@ backbones: where they came from, and a few numbers of each of their tensors, by 
 """
 
 import json
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -118,7 +119,8 @@ def write_adapter(model: Any, directory: str | Path) -> None:
     }
     record: dict[str, Any] = {
         "format": FORMAT,
-        "versions": {name: version(name) for name in ("flamingo-blocks", "torch", "transformers", "timm")},
+        "versions": {name: version(name) for name in ("torch", "transformers", "timm")}
+        | {"flamingo-blocks": sys.modules["flamingo_blocks"].__version__},  # it may not be installed
     }
     for part, (name_or_path, revision) in sources.items():
         backbone = getattr(model, part)
