@@ -34,19 +34,10 @@ BACKBONES = ("language_model", "vision_encoder")
 SAMPLES = 4
 SHOWN = 3
 _HUB_OPTIONS = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "force_download", "proxies")
-# What may differ in the configuration of the same language model.
+# What may differ in the configuration of the same language model, also those inside it, which may not be its own.
 _NO_MATTER = (
-    "dtype",
-    "architectures",
-    "version",
-    "attn",
-    "cache",
-    "output_",
-    "token_id",
-    "drop",
-    "quant",
-    "init",
-    "return_",
+    *("_config", "architectures", "attn", "cache", "drop", "dtype"),
+    *("init", "output_", "quant", "return_", "token_id", "version"),
 )
 
 
