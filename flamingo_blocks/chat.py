@@ -3,7 +3,7 @@
 import base64
 import json
 from collections.abc import Mapping, Sequence
-from io import BytesIO
+from io import BufferedIOBase, BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -122,8 +122,8 @@ def _part(part: Any, load: bool) -> Any:
     medium = part[key]["url"] if isinstance(part[key], Mapping) else part[key]  # {"image_url": {"url": ...}}
     if isinstance(medium, str | Path):
         medium = _fetch(str(medium), is_base64=key == "base64")
-        if kind == "video":
-            medium = VideoFile(medium)
+    if kind == "video" and isinstance(medium, str | BytesIO | BufferedIOBase):
+        medium = VideoFile(medium)
     return {"type": "image", "image": medium}
 
 

@@ -17,7 +17,7 @@ from transformers.processing_utils import TextKwargs
 
 from flamingo_blocks.chat import collect_media, default_chat_template
 from flamingo_blocks.configuration_flamingo import FlamingoConfig
-from flamingo_blocks.video import VideoFile, has_video_suffix
+from flamingo_blocks.video import VideoFile, check_sampling, has_video_suffix
 
 _KINDS = "a PIL image, a numpy array (height, width, channels), a tensor (channels, height, width) or a path"
 
@@ -144,7 +144,7 @@ class FlamingoImageProcessor(BaseImageProcessor):
             try:
                 loaded = _load(image, self.channels)
             except Exception as error:  # of many kinds, where a PIL image is read only now
-                raise ValueError(f"{name}: {error}") from error
+                raise ValueError(f"{name}: {error or type(error).__name__}") from error
             pixels.append(transform(loaded))
         shape = (0, self.channels, self.size["height"], self.size["width"])
         return torch.stack(pixels) if pixels else torch.zeros(shape)
@@ -235,9 +235,9 @@ class FlamingoProcessor(ProcessorMixin):
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
         self.image_token = image_token
         self.end_of_chunk_token = end_of_chunk_token
-        _check_sampling(fps, num_frames)
-        self.fps = fps
-        self.num_frames = num_frames
+        check_sampling(fps, num_frames)
+        self.fps = fps if fps is None or isinstance(fps, int) else float(fps)  # numbers of numpy are no JSON
+        self.num_frames = None if num_frames is None else int(num_frames)
 
     @property
     def model_input_names(self) -> list[str]:
@@ -359,8 +359,13 @@ class FlamingoProcessor(ProcessorMixin):
                 only), `return_assistant_tokens_mask`; and what the template takes.
 
         Raises:
-            ValueError: If a medium cannot be fetched, or for what `__call__` raises it.
+            ValueError: If a medium cannot be fetched or stands in no message, or for what `__call__` raises it.
         """
+        for name in ("images", "videos"):
+            if kwargs.get(name) is not None:
+                raise ValueError(
+                    f"the media of a conversation stand in its messages; put them there instead of {name}="
+                )
         known = {*_OPTIONS, "common_kwargs", *_ALL_OPTIONS} - {"sanitize_control_tokens"}
         direct = _flatten_options({name: kwargs.pop(name) for name in [*kwargs] if name in known})
         options = _flatten_options({**direct, "common_kwargs": _flatten_options(processor_kwargs or {})})
@@ -452,15 +457,6 @@ def _check_names(options: Mapping[str, Any], known: Iterable[str]) -> None:
             raise TypeError(f"FlamingoProcessor got an unexpected keyword argument {name!r}; {hint}")
 
 
-def _check_sampling(fps: Any, num_frames: Any) -> None:
-    if fps is not None and num_frames is not None:
-        raise ValueError(f"fps and num_frames exclude each other, got {fps} and {num_frames}; give one of them")
-    if fps is not None and (isinstance(fps, bool) or not isinstance(fps, int | float) or not 0 < fps < float("inf")):
-        raise ValueError(f"fps must be a positive number, got {fps!r}")
-    if num_frames is not None and (isinstance(num_frames, bool) or not isinstance(num_frames, int) or num_frames < 1):
-        raise ValueError(f"num_frames must be a positive integer, got {num_frames!r}")
-
-
 class _Sampling(NamedTuple):
     """Which frames of a video to take; all, where neither is given."""
 
@@ -472,7 +468,7 @@ class _Sampling(NamedTuple):
     def choose(
         cls, fps: Any, num_frames: Any, do_sample_frames: bool | None, processor: FlamingoProcessor
     ) -> "_Sampling":
-        _check_sampling(fps, num_frames)
+        check_sampling(fps, num_frames)
         if do_sample_frames is None:
             do_sample_frames = None if fps is None and num_frames is None else True
         elif not do_sample_frames:
@@ -481,6 +477,7 @@ class _Sampling(NamedTuple):
             return cls(None, None, False)
         if fps is None and num_frames is None:
             fps, num_frames = processor.fps, processor.num_frames
+            check_sampling(fps, num_frames)
         return cls(1.0 if fps is None and num_frames is None else fps, num_frames, bool(do_sample_frames))
 
     def frames(self, medium: "_Medium") -> Iterable[Any]:

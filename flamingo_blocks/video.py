@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from fractions import Fraction
 from io import BufferedIOBase
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +32,26 @@ _TURNS = {
 def has_video_suffix(path: str | Path) -> bool:
     """Tell a video file by its name."""
     return Path(path).suffix.lower() in _SUFFIXES
+
+
+def check_sampling(fps: Any, num_frames: Any) -> None:
+    """Check how frames of videos are to be chosen.
+
+    Args:
+        fps: Frames per second, or None.
+        num_frames: Frames of a video, or None.
+
+    Raises:
+        ValueError: If a number is not positive, or both are given.
+    """
+    if fps is not None and num_frames is not None:
+        raise ValueError(f"fps and num_frames exclude each other, got {fps} and {num_frames}; give one of them")
+    if fps is not None and (isinstance(fps, bool) or not isinstance(fps, Real) or not 0 < float(fps) < float("inf")):
+        raise ValueError(f"fps must be a positive number, got {fps!r}")
+    if num_frames is not None and (
+        isinstance(num_frames, bool) or not isinstance(num_frames, Integral) or num_frames < 1
+    ):
+        raise ValueError(f"num_frames must be a positive integer, got {num_frames!r}")
 
 
 class VideoFile:
@@ -60,8 +81,10 @@ class VideoFile:
 
         Raises:
             ImportError: If PyAV is missing.
-            ValueError: If there is no such file, or it cannot be read to its end as a video.
+            ValueError: If there is no such file, or it cannot be read to its end as a video; if `fps` or `num_frames`
+                is not positive, or both are given.
         """
+        check_sampling(fps, num_frames)
         try:
             import av
         except ImportError as error:
@@ -115,6 +138,9 @@ def _video_stream(container: Any) -> Any:
 
     for stream in container.streams.video:
         if not stream.disposition & Disposition.attached_pic:  # the cover of a song is no video
+            limit = Image.MAX_IMAGE_PIXELS
+            if limit is not None and stream.width * stream.height > 2 * limit:  # as Pillow guards images
+                raise ValueError(f"its frames have {stream.width}x{stream.height} pixels, which may be an attack")
             return stream
     raise ValueError("it has no video stream")
 
@@ -147,16 +173,17 @@ def _measure(container: Any, stream: Any) -> _Span:
     if start is None:
         raise ValueError("it has no frames")
     unit = _unit(stream)
-    duration, declared = (end - start) * unit, _declared_duration(container, stream)
+    declared = _declared_end(container, stream, start)
     # Where a container lets it end anywhere, a truncated file ends without an error.
-    if declared is not None and duration < min(declared - 1, declared * Fraction(9, 10)):
-        raise ValueError(f"it is truncated, after {float(duration):.3g} of {float(declared):.3g} seconds")
-    return _Span(start * unit, duration, count)
+    if declared is not None and end * unit < min(declared - 1, declared * Fraction(9, 10)):
+        raise ValueError(f"it is truncated, after {float(end * unit):.3g} of {float(declared):.3g} seconds")
+    return _Span(start * unit, (end - start) * unit, count)
 
 
-def _declared_duration(container: Any, stream: Any) -> Fraction | None:
+def _declared_end(container: Any, stream: Any, start: int) -> Fraction | None:
+    """Tell when the last frame ends by what is declared: some declare a stream's length, others its end."""
     if stream.duration is not None:
-        return stream.duration * _unit(stream)
+        return (start + stream.duration) * _unit(stream)
     written = re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", stream.metadata.get("DURATION", ""))
     if written is not None:
         hours, minutes, seconds = map(Fraction, written.groups())
@@ -201,7 +228,10 @@ def _shown_at(container: Any, stream: Any, span: _Span, step: Fraction, count: i
 
 def _upright(frame: Any) -> Image.Image:
     image: Image.Image = frame.to_image()
-    matrix = frame.side_data.get("DISPLAYMATRIX")
+    try:
+        matrix = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:  # PyAV does not know all kinds of side data that FFmpeg gives
+        return image.rotate(frame.rotation, expand=True) if frame.rotation else image
     if matrix is None:
         return image
     a, b, _, c, d = np.sign(np.frombuffer(bytes(matrix), dtype=np.int32))[:5].tolist()

@@ -978,8 +978,8 @@ MUTANTS = [
         "a file that cannot be read to its end is refused",
         "nobody looks at what the container says",
         VIDEO,
-        "if declared is not None and duration <",
-        "if declared is None and duration <",
+        "if declared is not None and end * unit <",
+        "if declared is None and end * unit <",
         "tests/test_video.py::test_a_file_that_cannot_be_read_to_its_end_is_refused_by_name",
     ),
     Mutant(

@@ -1,5 +1,6 @@
 import base64
 import http.server
+import io
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -375,3 +376,20 @@ def test_an_image_token_that_a_user_writes_can_be_meant_as_text() -> None:
     inputs = encode([say("user", "an <image>:", CAT)], chat_template=template, sanitize_control_tokens=True)
     assert (inputs["input_ids"] == PROCESSOR.image_token_id).sum() == 1
     assert PROCESSOR.tokenizer.decode(inputs["input_ids"][0], skip_special_tokens=True) == "User: an <image>:"
+
+
+def test_a_video_may_be_an_open_file(tmp_path: Path) -> None:
+    processor, path = make_processor(), write_video(tmp_path / "video.mkv", 12, rate=4)
+    options: dict[str, Any] = {"tokenize": True, "return_dict": True}
+    with path.open("rb") as file:
+        for video in (str(path), io.BytesIO(path.read_bytes()), file):
+            chat = [{"role": "user", "content": [{"type": "video", "video": video}]}]
+            assert processor.apply_chat_template(chat, **options)["num_frames"].tolist() == [[3]]
+
+
+@pytest.mark.parametrize("name", ["images", "videos"])
+def test_media_beside_a_conversation_are_refused(name: str) -> None:
+    chat = [{"role": "user", "content": [{"type": "image", "image": CAT}]}]
+    options: dict[str, Any] = {"tokenize": True, "return_dict": True, name: [DOG]}
+    with pytest.raises(ValueError, match=f"stand in its messages; put them there instead of {name}="):
+        make_processor().apply_chat_template(chat, **options)

@@ -111,21 +111,43 @@ ORIENTATIONS: dict[str, tuple[tuple[int, int, int, int], tuple[int, int]]] = {
 }
 
 
-@pytest.mark.parametrize("orientation", ORIENTATIONS)
-def test_videos_are_turned_upright(orientation: str, tmp_path: Path) -> None:
-    (a, b, c, d), (right, lower) = ORIENTATIONS[orientation]
-    path = write_video(tmp_path / "video.mp4", 3)
+def write_turned(path: Path, orientation: str) -> Path:
+    a, b, c, d = ORIENTATIONS[orientation][0]
+    write_video(path, 3)
     file = bytearray(path.read_bytes())
     start = file.find(b"tkhd") + 4 + 40  # version 0: the matrix of the track's header
     assert struct.unpack_from(">9i", file, start) == (65536, 0, 0, 0, 65536, 0, 0, 0, 1 << 30)
     struct.pack_into(">9i", file, start, *(65536 * n for n in (a, b, 0, c, d, 0, 0, 0, 16384)))
     path.write_bytes(file)
-    (frame,) = VideoFile(path).frames(fps=1)
+    return path
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+def test_videos_are_turned_upright(orientation: str, tmp_path: Path) -> None:
+    (a, *_), (right, lower) = ORIENTATIONS[orientation]
+    (frame,) = VideoFile(write_turned(tmp_path / "video.mp4", orientation)).frames(fps=1)
     assert frame.size == ((32, 24) if a else (24, 32))
     width, height = frame.size
     grey = frame.convert("L")
     corners = {(x, y): grey.getpixel((x * (width - 1), y * (height - 1))) for x in (0, 1) for y in (0, 1)}
     assert max(corners, key=lambda corner: float(corners[corner])) == (right, lower)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("orientation", list(ORIENTATIONS)[:4])
+def test_frames_are_upright_also_where_their_side_data_cannot_be_read(orientation: str, tmp_path: Path) -> None:
+    import av
+
+    class Unreadable:
+        def get(self, _: str) -> None:
+            raise ValueError("31 is not a valid Type")
+
+    class Frame:
+        def __init__(self, frame: Any) -> None:
+            self.to_image, self.rotation, self.side_data = frame.to_image, frame.rotation, Unreadable()
+
+    with av.open(str(write_turned(tmp_path / "video.mp4", orientation))) as container:
+        frame = next(container.decode(video=0))
+    assert video._upright(Frame(frame)) == video._upright(frame)
 
 
 # What is refused
@@ -206,3 +228,25 @@ def test_without_pyav_the_error_says_what_to_install(tmp_path: Path, monkeypatch
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(ImportError, match=r"pip install flamingo-blocks\[video\]"):
         indices(path)
+
+
+@pytest.mark.parametrize("suffix", [".mkv", ".webm", ".mp4", ".mov"])
+def test_a_video_may_start_late(suffix: str, tmp_path: Path) -> None:
+    path = write_video(tmp_path / f"late{suffix}", range(37, 57))
+    assert [index_of(frame) for frame in VideoFile(path).frames(fps=5)] == list(range(0, 20, 2))
+
+
+@pytest.mark.parametrize(
+    "options", [{"fps": -1}, {"fps": 0}, {"num_frames": 0}, {"num_frames": -3}, {"fps": 1, "num_frames": 2}]
+)
+def test_impossible_choices_of_frames_are_refused(options: dict[str, Any], tmp_path: Path) -> None:
+    path = write_video(tmp_path / "video.mkv", 3)
+    with pytest.raises(ValueError, match=r"must be a positive|exclude each other"):
+        list(VideoFile(path).frames(**options))
+
+
+def test_frames_of_more_pixels_than_pillow_allows_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_video(tmp_path / "video.mkv", 3)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 32 * 24 // 2 - 1)
+    with pytest.raises(ValueError, match="its frames have 32x24 pixels, which may be an attack"):
+        list(VideoFile(path).frames())
