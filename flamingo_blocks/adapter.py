@@ -7,7 +7,7 @@ backbones: where they came from, and a few numbers of each of their tensors, by 
 import json
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -94,15 +94,18 @@ def trained_tensors(model: Any) -> dict[str, Tensor]:
     }
 
 
-def write_adapter(model: Any, directory: str | Path) -> None:
+def write_adapter(model: Any, directory: str | Path, *, before: Mapping[str, Mapping[str, str]]) -> None:
     """Write an adapter.
 
     Args:
         model: A Flamingo.
         directory: Made if it is not there. An earlier adapter in it is replaced.
+        before: The backbones' fingerprints when the model was made.
+
+    Raises:
+        ValueError: If a backbone has changed that is frozen: what it has learnt would get lost.
     """
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
     tensors = trained_tensors(model)
     sources = {
         "language_model": (model.config.text_config.name_or_path, model.config.text_revision),
@@ -115,14 +118,23 @@ def write_adapter(model: Any, directory: str | Path) -> None:
     }
     for part, (name_or_path, revision) in sources.items():
         backbone = getattr(model, part)
+        described = fingerprint(part, backbone, without=tensors)
+        unchanged = {name: before[part][name] for name in described if name in before[part]}
+        if part in (model.config.freeze or ()) and (changed := list(_differences(described, unchanged, {}))):
+            raise ValueError(
+                f"{part} has changed since the model was made, though it is frozen now: {_first(changed)}. An adapter "
+                "does not hold what is frozen: let what was trained require gradients, or save everything with "
+                "save_pretrained"
+            )
         record[part] = {
             "module": type(getattr(backbone, "backbone", backbone)).__name__,
             "name_or_path": name_or_path or "",
             "revision": revision,
             "dtype": dtype_name(next(backbone.parameters()).dtype),
             "layout": _layout(backbone),
-            "tensors": fingerprint(backbone, without={name.removeprefix(f"{part}.") for name in tensors}),
+            "tensors": described,
         }
+    directory.mkdir(parents=True, exist_ok=True)
     # An earlier adapter is replaced only when all of the new one is there.
     with tempfile.TemporaryDirectory(dir=directory) as unfinished:
         model.config.save_pretrained(unfinished)
@@ -148,10 +160,8 @@ def read_adapter(name_or_path: str | Path, **hub: Any) -> Adapter:
     """
     for option in hub:
         if option not in _HUB_OPTIONS:
-            nearest = get_close_matches(
-                option, ["language_model", "vision_encoder", "dtype", *_HUB_OPTIONS], n=1, cutoff=0
-            )
-            raise TypeError(f"from_adapter has no option {option!r}; did you mean {nearest[0]!r}?")
+            nearest = get_close_matches(option, [*BACKBONES, "dtype", *_HUB_OPTIONS], n=1, cutoff=0)[0]
+            raise TypeError(f"from_adapter has no option {option!r}; did you mean {nearest!r}?")
     try:
         files = {name: cached_file(str(name_or_path), name, **hub) for name in (RECORD, WEIGHTS, CONFIG_NAME)}
     except Exception as error:
@@ -235,15 +245,12 @@ def load_language_model_of(
         ValueError: If it is another one, or the adapter names none.
         OSError: If it cannot be loaded.
     """
-    record = adapter.backbones["language_model"]
-    source: Any = given
-    if given is None:
-        is_trained = "language_model" not in (adapter.config.freeze or ())
-        source = adapter.config.text_config if is_trained else _named(record, "language_model")
-    dtype = None if isinstance(given, nn.Module) else dtype or getattr(torch, record.dtype)
-    lm, commit = load_language_model(source, dtype=dtype, revision=record.revision if given is None else None)
-    adapter.config.text_revision = record.revision if given is None else commit
-    _check_backbone(adapter, "language_model", lm)
+    part = "language_model"
+    source, dtype, revision = _source(adapter, part, given, dtype, adapter.config.text_config)
+    lm, commit = load_language_model(source, dtype=dtype, revision=revision)
+    if given is not None:
+        adapter.config.text_revision = commit
+    _check_backbone(adapter, part, lm)
     return lm
 
 
@@ -261,35 +268,42 @@ def load_vision_encoder_of(
         ValueError: If it is another one, or the adapter names none.
         OSError: If it cannot be loaded.
     """
-    record, config = adapter.backbones["vision_encoder"], cast(FlamingoVisionConfig, adapter.config.vision_config)
+    part, config = "vision_encoder", cast(FlamingoVisionConfig, adapter.config.vision_config)
     size = cast("list[int] | None", config.image_size)
-    source: Any = given
-    if given is None:
-        is_trained = "vision_encoder" not in (adapter.config.freeze or ())
-        source = config if is_trained else _named(record, "vision_encoder")
-    dtype = None if isinstance(given, nn.Module) else dtype or getattr(torch, record.dtype)
+    source, dtype, revision = _source(adapter, part, given, dtype, config)
     encoder, found = load_vision_encoder(
         source,
         image_size=None if size is None else (size[0], size[1]),
         channels=config.channels,
         dtype=dtype,
-        revision=record.revision if given is None else None,
+        revision=revision,
     )
     if not isinstance(given, VisionEncoder) and config.output_dtype is not None:
         encoder.output_dtype = getattr(torch, config.output_dtype)
     if given is not None:
         config.name_or_path, config.revision = found.name_or_path, found.revision
-    _check_backbone(adapter, "vision_encoder", encoder)
+    _check_backbone(adapter, part, encoder)
     return encoder
 
 
-def _named(record: BackboneRecord, part: str) -> str:
+def _source(
+    adapter: Adapter, part: str, given: Any, dtype: torch.dtype | None, config: Any
+) -> tuple[Any, torch.dtype | None, str | None]:
+    """Tell what a backbone is loaded from, in which dtype, and at which revision."""
+    record = adapter.backbones[part]
+    if isinstance(given, nn.Module):
+        return given, None, None
+    dtype = dtype or getattr(torch, record.dtype)
+    if given is not None:
+        return given, dtype, None
+    if part not in (adapter.config.freeze or ()):
+        return config, dtype, None  # its weights are in the adapter
     if not record.name_or_path:
         raise ValueError(
             f"this adapter does not say where its {part} is, a {record.module} that was given as a model; pass "
             f"{part}=, an id, a path or the model"
         )
-    return record.name_or_path
+    return record.name_or_path, dtype, record.revision
 
 
 def _check_backbone(adapter: Adapter, part: str, backbone: nn.Module) -> None:
@@ -303,7 +317,7 @@ def _check_backbone(adapter: Adapter, part: str, backbone: nn.Module) -> None:
         recorded: Any = adapter.config.text_config
         differences += _config_differences(backbone.config.to_dict(), recorded.to_dict())
     if not differences and part in (adapter.config.freeze or ()):
-        found = fingerprint(backbone, without={name.removeprefix(f"{part}.") for name in adapter.tensors})
+        found = fingerprint(part, backbone, without=adapter.tensors)
         differences = list(_differences(found, record.tensors, dict(backbone.named_parameters())))
     if differences:
         source = repr(record.name_or_path) if record.name_or_path else "a model without a name"
@@ -333,38 +347,17 @@ def _config_differences(found: Any, recorded: Any, name: str = "its config's") -
     return [] if same else [f"{name} is {found!r}, not {recorded!r}"]
 
 
-def check_is_unchanged(part: str, backbone: nn.Module, before: Mapping[str, str], *, without: set[str]) -> None:
-    """Check that a frozen backbone is what it was, so that nothing that was trained gets lost.
-
-    Args:
-        part: What it is called in the error.
-        backbone: It.
-        before: Its fingerprint when the model was made.
-        without: Names of tensors that do not count.
-
-    Raises:
-        ValueError: If a tensor has changed.
-    """
-    recorded = {name: text for name, text in before.items() if name not in without}
-    differences = list(_differences(fingerprint(backbone, without=without), recorded, {}))
-    if differences:
-        raise ValueError(
-            f"{part} has changed since the model was made, though it is frozen now: {_first(differences)}. An adapter "
-            "does not hold what is frozen: let what was trained require gradients, or save everything with "
-            "save_pretrained"
-        )
-
-
-def fingerprint(backbone: nn.Module, *, without: set[str] | frozenset[str] = frozenset()) -> dict[str, str]:
+def fingerprint(part: str, backbone: nn.Module, *, without: Collection[str] = ()) -> dict[str, str]:
     """Describe each tensor of a backbone by its dtype, its shape and a few of its numbers, from all over it.
 
     Numbers of quantised tensors are left out, as are those that are not there (on the meta device, or offloaded).
 
     Args:
-        backbone: A module.
-        without: Names of tensors that do not count.
+        part: `"language_model"` or `"vision_encoder"`.
+        backbone: It.
+        without: Tensors that do not count, by their names in the Flamingo.
     """
-    return {name: _describe(tensor) for name, tensor in _tensors(backbone).items() if name not in without}
+    return {name: _describe(tensor) for name, tensor in _tensors(backbone).items() if f"{part}.{name}" not in without}
 
 
 def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:

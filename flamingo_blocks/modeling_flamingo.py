@@ -24,13 +24,11 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from flamingo_blocks.adapter import (
     BACKBONES,
     RECORD,
-    check_is_unchanged,
     fingerprint,
     load_language_model_of,
     load_tensors,
     load_vision_encoder_of,
     read_adapter,
-    trained_tensors,
     unchanged_if_it_fails,
     write_adapter,
 )
@@ -579,12 +577,7 @@ class FlamingoForConditionalGeneration(FlamingoGenerationMixin, PreTrainedModel)
         """
         self._check_no_peft()
         self._note_parts()
-        saved = trained_tensors(self)
-        for part, before in self._backbones_before.items():
-            if part in (self.config.freeze or ()):
-                without = {name.removeprefix(f"{part}.") for name in saved}
-                check_is_unchanged(part, getattr(self, part), before, without=without)
-        write_adapter(self, save_directory)
+        write_adapter(self, save_directory, before=self._backbones_before)
 
     def _check_no_peft(self) -> None:
         if has_peft(self):
@@ -596,7 +589,7 @@ class FlamingoForConditionalGeneration(FlamingoGenerationMixin, PreTrainedModel)
 
     def _remember_backbones(self) -> None:
         """Note a few numbers of the backbones, by which it is noticed that they were trained and frozen again."""
-        self._backbones_before = {part: fingerprint(getattr(self, part)) for part in BACKBONES}
+        self._backbones_before = {part: fingerprint(part, getattr(self, part)) for part in BACKBONES}
 
     @classmethod
     def from_adapter(
@@ -643,7 +636,6 @@ class FlamingoForConditionalGeneration(FlamingoGenerationMixin, PreTrainedModel)
             except BaseException:
                 model.eject()
                 raise
-        model._remember_backbones()
         model.generation_config = adapter.generation_config
         nn.Module.eval(model)
         return model
