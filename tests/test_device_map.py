@@ -3,13 +3,13 @@
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 
 from flamingo_blocks import FlamingoForConditionalGeneration
 from tests.tiny_flamingo import Prompt, make_flamingo
 
-accelerate = pytest.importorskip("accelerate")
 OTHERS = ("language_model", "injector", "new_tokens")
 PARTS = ("vision_encoder", "resampler", *OTHERS)
 

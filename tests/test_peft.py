@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,6 @@ from tests.tiny_flamingo import SIZES, VISION, Prompt, make_flamingo, make_token
 from tests.tiny_language_models import VOCAB, make_lm
 from tests.tiny_training import collate, make_examples, make_trainer
 
-peft = pytest.importorskip("peft")
 # Linear layers, and GPT-2's own kind, which are stored the other way round.
 TARGETS = {"llama": r"language_model\..*\.(q_proj|v_proj)", "gpt2": r"language_model\..*\.c_attn"}
 every_lm = pytest.mark.parametrize("name", TARGETS)
@@ -189,7 +189,7 @@ def test_parts_that_peft_would_copy_away_from_the_language_model_are_an_error(pa
 
 @pytest.mark.parametrize("unwrap", [pytest.param(False, marks=pytest.mark.unchecked), True])
 def test_a_language_model_with_lora_is_refused_until_it_is_merged(unwrap: bool) -> None:
-    lora = peft.get_peft_model(make_lm("llama"), peft.LoraConfig(target_modules=["q_proj"]))
+    lora: Any = peft.get_peft_model(make_lm("llama"), peft.LoraConfig(target_modules=["q_proj"]))
     lm = lora.get_base_model() if unwrap else lora
     vision, tokenizer = FlamingoVisionConfig(**VISION["vit"]), make_tokenizer()
     with pytest.raises(ValueError, match=r"merge_and_unload\(\) first, or add LoRA to the Flamingo"):

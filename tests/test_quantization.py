@@ -4,9 +4,11 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import Tensor
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, LlamaConfig, TorchAoConfig
 
 from flamingo_blocks import FlamingoForConditionalGeneration, build_flamingo, parameter_groups
@@ -34,11 +36,10 @@ def make_lm(kind: str, path: Path, *, name: str = "llama") -> Any:
     """Quantise a tiny language model: by transformers, while it is loaded, or by torchao in place, head included."""
     lm, auto_model = make_float_lm(name), AutoModelForCausalLM
     if kind == "quantize_":
-        quantization = pytest.importorskip("torchao.quantization")
-        quantization.quantize_(lm, quantization.Int8WeightOnlyConfig())
+        quantize_(lm, Int8WeightOnlyConfig())
         return lm
     if kind == "torchao":
-        config: Any = TorchAoConfig(pytest.importorskip("torchao.quantization").Int8WeightOnlyConfig())
+        config: Any = TorchAoConfig(Int8WeightOnlyConfig())
     else:
         pytest.importorskip("bitsandbytes")
         config = BitsAndBytesConfig(load_in_8bit=kind == "bitsandbytes", load_in_4bit=kind == "bitsandbytes 4-bit")
@@ -150,7 +151,6 @@ def test_a_quantised_checkpoint_is_loaded_as_it_is(tmp_path: Path) -> None:
 
 
 def test_lora_on_a_quantised_language_model(tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft")
     lm = make_lm("torchao", tmp_path / "lm")
     model = build(lm)
     prompt = Prompt.make(model)
@@ -165,6 +165,6 @@ def test_lora_on_a_quantised_language_model(tmp_path: Path) -> None:
         wrapped(**prompt.inputs, labels=prompt.input_ids).loss.backward()
         optimizer.step()
     trained = logits_of(wrapped, **prompt.inputs)
-    wrapped.save_pretrained(tmp_path / "adapter")
+    wrapped.save_pretrained(str(tmp_path / "adapter"))
     loaded = peft.PeftModel.from_pretrained(build(make_lm("torchao", tmp_path / "lm")), tmp_path / "adapter")
     assert torch.equal(logits_of(loaded, **prompt.inputs), trained)

@@ -19,7 +19,6 @@ from tests.tiny_flamingo import make_flamingo
 from tests.tiny_language_models import VOCAB
 from tests.tiny_training import collate, make_examples, make_resumable_trainer, make_trainer
 
-pytest.importorskip("accelerate")
 TRAINED = ("resampler.", "injector.", "new_tokens.")
 
 
