@@ -51,6 +51,7 @@ from flamingo_blocks.blocks import (
     PerceiverResampler,
     TanhGate,
     TransformerResampler,
+    choose_algorithm,
     media_mask,
 )
 from flamingo_blocks.configuration_flamingo import CACHE_NAMES, FlamingoConfig
@@ -750,8 +751,19 @@ class FlamingoForConditionalGeneration(FlamingoGenerationMixin, PreTrainedModel)
             f"a token sees: {self.config.attend}; gating: {self.config.gating}; "
             f"images: {height}x{width} to {patches} patches of {self.vision_encoder.vision_dim} features",
             f"text is generated {_DECODING[self.config.decoding]}",
+            f"attention over media: {self._algorithm(text=256, media=5)} for 256 tokens and 5 images, "
+            f"{self._algorithm(text=1, media=1)} for the next token (see choose_algorithm)",
         ]
         return "\n".join(lines)
+
+    def _algorithm(self, *, text: int, media: int) -> str:
+        """Name what the first block uses for one row with media at equal distances."""
+        block: Any = next(iter(self.injector.blocks.values()))
+        queries = block.to_q.weight.new_empty(1, text, block.heads, block.head_dim, dtype=block.norm.weight.dtype)
+        media_like = queries.new_empty(1, media, self.config.num_latents, block.kv_heads, block.head_dim)
+        index = torch.arange(text, device="cpu") * media // text
+        runs = MediaRuns.from_ranges(torch.stack([index, index + 1], dim=-1)[None])
+        return str(block.algorithm or choose_algorithm(queries, KeyValues(media_like, media_like), runs))
 
 
 # What of the language model's output is passed on. Everything else would not survive the copies that FSDP and DDP make.

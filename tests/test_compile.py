@@ -17,6 +17,8 @@ from flamingo_blocks import (
     PerceiverResampler,
     media_ranges,
 )
+from flamingo_blocks.blocks import KeyValues, attend_to_media, choose_algorithm
+from tests.strategies import random_tensor
 from tests.tiny_flamingo import Prompt, make_flamingo
 from tests.tiny_language_models import VOCAB, WIDTH, make_lm
 
@@ -41,12 +43,13 @@ def make_block() -> GatedCrossAttentionBlock:
     return GatedCrossAttentionBlock(dim=WIDTH, media_dim=MEDIA_DIM, heads=4, gate_init=1.0)
 
 
-def test_a_block_compiles_to_one_graph_that_serves_every_layout() -> None:
+@pytest.mark.parametrize("in_order", [None, True])
+def test_a_block_compiles_to_one_graph_that_serves_every_layout(in_order: bool | None) -> None:
     block, compiler = make_block(), CompileCounter()
 
     @torch.compile(backend=compiler, fullgraph=True)
     def run(hidden_states: Tensor, media: Tensor, is_image: Tensor) -> Tensor:
-        return block(hidden_states, media, MediaRuns.from_ranges(media_ranges(is_image)))
+        return block(hidden_states, media, MediaRuns.from_ranges(media_ranges(is_image), in_order=in_order))
 
     hidden_states, media = torch.randn(2, TEXT, WIDTH), torch.randn(2, 3, LATENTS, MEDIA_DIM)
     for positions in ((0, 3), (5,), (1, 2, 7), ()):
@@ -64,6 +67,32 @@ def test_runs_built_beforehand_do_not_recompile_when_media_move() -> None:
         runs = MediaRuns.from_ranges(media_ranges(media_locations(*positions)))
         torch.testing.assert_close(run(hidden_states, media, runs), block(hidden_states, media, runs))
     assert compiler.frame_count == 1
+
+
+def test_compiled_attention_in_tiles_equals_the_loop_gradients_included() -> None:
+    """With inductor's own code, in float64, over more tokens than a tile has."""
+    text, media = 80, 7
+
+    def attention(queries: Tensor, keys: Tensor, values: Tensor, is_image: Tensor) -> Tensor:
+        runs = MediaRuns.from_ranges(media_ranges(is_image), in_order=True)
+        assert choose_algorithm(queries, KeyValues(keys, values), runs) == "tiles"
+        return attend_to_media(queries, KeyValues(keys, values), runs)
+
+    run: Any = torch.compile(attention, fullgraph=True)
+    for positions in ((0, 1, 40, 41, 75), (3, 79), tuple(range(7))):
+        is_image = torch.zeros(1, text, dtype=torch.bool).index_fill(1, torch.tensor(positions), True)
+        shapes = (1, text, 2, 5), (1, media, LATENTS, 2, 5), (1, media, LATENTS, 2, 5)
+        inputs = [random_tensor(i, *shape, requires_grad=True) for i, shape in enumerate(shapes)]
+        found = run(*inputs, is_image)
+        queries, *key_values = inputs
+        runs = MediaRuns.from_ranges(media_ranges(is_image))
+        expected = attend_to_media(queries, KeyValues(*key_values), runs, algorithm="loop")
+        torch.testing.assert_close(found, expected)
+        weights = random_tensor(9, *found.shape)
+        torch.testing.assert_close(
+            torch.autograd.grad((found * weights).sum(), inputs),
+            torch.autograd.grad((expected * weights).sum(), inputs),
+        )
 
 
 def test_the_resampler_compiles_to_one_graph() -> None:

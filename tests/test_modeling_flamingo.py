@@ -494,9 +494,15 @@ def test_the_summary_tells_parts_counts_and_layers() -> None:
     assert f"{frozen:,}" in last
     assert "blocks before 2 of 3 decoder layers (model.layers): 0, 2" in summary
     assert "32x32 to 2x2 patches of 64 features" in summary
+    assert "attention over media: dense for 256 tokens and 5 images, dense for the next token" in summary, "it is tiny"
     assert max(map(len, summary.splitlines())) <= 120
     assert len(repr(model)) < 300
     assert "LlamaForCausalLM" in repr(model)
+    larger, _ = make_flamingo(num_latents=64)
+    assert "attention over media: loop for 256 tokens and 5 images, dense for the next token" in larger.summary()
+    for block in larger.injector.blocks.values():
+        block.algorithm = "tiles"  # type: ignore[assignment]
+    assert "attention over media: tiles for 256 tokens" in larger.summary()
 
 
 # ---------------------------------------------------------------- bad input

@@ -70,6 +70,18 @@ def test_gate_zero_is_identity(layout: Layout, seed: int, options: dict[str, obj
     assert torch.equal(hidden_states.grad, gradient)
 
 
+def test_an_algorithm_can_be_forced_by_its_name_at_any_time() -> None:
+    block = make_block({"algorithm": "tiles"})
+    hidden_states, media = torch.randn(1, 3, DIM).double(), torch.randn(1, 2, LATENTS, MEDIA_DIM).double()
+    everything = MediaRuns.from_ranges(torch.tensor([[[0, 1], [0, 2], [0, 2]]]))
+    with pytest.raises(ValueError, match='"tiles" needs runs in order'):
+        block(hidden_states, media, everything)
+    block.algorithm = "dense"
+    expected = block(hidden_states, media, everything)
+    block.algorithm = None
+    torch.testing.assert_close(block(hidden_states, media, everything), expected)
+
+
 def test_the_gates_start_at_zero_and_are_the_first_to_learn() -> None:
     block = GatedCrossAttentionBlock(dim=DIM, media_dim=MEDIA_DIM, heads=4)
     runs = MediaRuns.from_ranges(media_ranges(torch.tensor([[True, False, False]])))
