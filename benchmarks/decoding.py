@@ -164,7 +164,7 @@ def generation(ours: Any, theirs: Any, images: int, goal: str) -> Iterator[Resul
                 "generate": own_generate,
             },
             seconds=0,
-            rounds=2,
+            rounds=1 if images > 5 else 3,
         )
     what = f"{NEW_TOKENS} tokens generated after {count(images)} in {input_ids.shape[1]} tokens"
     yield Result.speed_up(f"{what}, one loop for both", "OpenFlamingo", seconds["ours"], seconds["theirs"], goal)
