@@ -55,9 +55,7 @@ def flamingo(lm: Any) -> Any:
     vision: dict[str, Any] = {"embed_dim": VISION_DIM, "depth": 1, "num_heads": 16}
     config = FlamingoConfig(
         text_config=lm.config,
-        vision_config=FlamingoVisionConfig(
-            architecture="vit_tiny_patch16_224", model_args=vision, image_size=32
-        ),
+        vision_config=FlamingoVisionConfig(architecture="vit_tiny_patch16_224", model_args=vision, image_size=32),
         cross_attention_heads=8,
         cross_attention_head_dim=64,
         gate_init=0.5,

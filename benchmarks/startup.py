@@ -5,7 +5,7 @@ Some rows are no ratios but what their goals are about: seconds, MiB, or counts.
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from statistics import median
 from typing import Any
 
@@ -105,20 +105,17 @@ def compiling() -> Iterator[Result]:
     compiler = CompileCounter()
     compiled: Any = torch.compile(model, backend=compiler, fullgraph=True)
 
-    def compilations(calls: Callable[[], Any]) -> int:
+    def compilations(*calls: dict[str, Any]) -> int:
         before = compiler.frame_count
-        calls()
+        for arguments in calls:
+            torch.testing.assert_close(compiled(**arguments).logits, model(**arguments).logits)
         return compiler.frame_count - before
 
-    def check(arguments: dict[str, Any]) -> None:
-        torch.testing.assert_close(compiled(**arguments).logits, model(**arguments).logits)
-
-    if compilations(lambda: check(inputs(LENGTHS[0], 0, 5))) != 1:
+    if compilations(inputs(LENGTHS[0], 0, 5)) != 1:
         raise RuntimeError("the first call must compile once")
-    places = ((1, 5), (0, 15), (7, 8))
-    moved = compilations(lambda: [check(inputs(LENGTHS[0], *images)) for images in places])
+    moved = compilations(*(inputs(LENGTHS[0], *images) for images in ((1, 5), (0, 15), (7, 8))))
     yield counted("more compilations when images move to 3 other layouts", moved, "<= 0")
-    each = [compilations(lambda text=text: check(inputs(text, 0, 5))) for text in LENGTHS[1:]]
+    each = [compilations(inputs(text, 0, 5)) for text in LENGTHS[1:]]
     yield counted("most compilations for a new length of text, of 4 lengths", max(each), "<= 1")
     yield counted("compilations for 4 new lengths of text together", sum(each), "")
 
@@ -127,9 +124,7 @@ def make_tiny() -> Any:
     """Make a tiny Flamingo."""
     torch.manual_seed(0)
     lm = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=99, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4
-        )
+        LlamaConfig(vocab_size=99, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4)
     )
     config = FlamingoConfig(
         text_config=lm.config,
@@ -139,7 +134,8 @@ def make_tiny() -> Any:
         resampler_heads=2,
         num_latents=3,
     )
-    return FlamingoForConditionalGeneration(config, language_model=lm).eval()
+    model: Any = FlamingoForConditionalGeneration(config, language_model=lm)
+    return model.eval()
 
 
 @torch.no_grad()
