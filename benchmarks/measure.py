@@ -1,7 +1,7 @@
 """Measure alternatives fairly, and write down what came out.
 
 Alternatives take turns within one run, so that whatever else the machine does meets all of them; a ratio is one of
-medians. Each script of this folder is a generator of results: `python -m benchmarks.attention` runs one of them,
+medians. On one thread, what is counted are the seconds of this process alone. Each script of this folder is a generator of results: `python -m benchmarks.attention` runs one of them,
 `make bench` all.
 """
 
@@ -81,7 +81,9 @@ def medians(
         Median seconds a call, by name.
     """
     # Not the Timer of torch, which warms up by two calls more each time: too many where a call takes long.
-    timers = {name: timeit.Timer(function, timer=synchronized) for name, function in alternatives.items()}
+    is_alone = torch.get_num_threads() == 1 and not torch.accelerator.is_available()
+    clock = time.process_time if is_alone else synchronized
+    timers = {name: timeit.Timer(function, timer=clock) for name, function in alternatives.items()}
     first = {}
     for name, timer in timers.items():
         timer.timeit(1)
