@@ -1,8 +1,8 @@
 """Measure alternatives fairly, and write down what came out.
 
 Alternatives take turns within one run, so that whatever else the machine does meets all of them; a ratio is one of
-medians. On one thread, what is counted are the seconds of this process alone. Each script of this folder is a generator of results: `python -m benchmarks.attention` runs one of them,
-`make bench` all.
+medians. On one thread, what is counted are the seconds of this process alone. Each script of this folder is a generator of
+results: `python -m benchmarks.attention` runs one of them, `make bench` all.
 """
 
 import json
@@ -73,7 +73,7 @@ def medians(
     """Time alternatives in turns.
 
     Args:
-        alternatives: What to time, by name. They are called twice beforehand, to warm up.
+        alternatives: What to time, by name. They are called once or twice beforehand, to warm up.
         seconds: How long all of it should take, about. Short functions are called many times a round.
         rounds: The least number of rounds.
 
@@ -86,8 +86,9 @@ def medians(
     timers = {name: timeit.Timer(function, timer=clock) for name, function in alternatives.items()}
     first = {}
     for name, timer in timers.items():
-        timer.timeit(1)
         first[name] = timer.timeit(1)
+        if first[name] < 1:  # else being the first makes little difference
+            first[name] = timer.timeit(1)
     # A round calls each function for about as long, and at least once.
     share = seconds / rounds / len(timers)
     calls = {name: max(1, round(share / duration)) for name, duration in first.items()}
