@@ -1,7 +1,7 @@
 """Measure alternatives fairly, and write down what came out.
 
 Alternatives take turns within one run, so that whatever else the machine does meets all of them; a ratio is one of
-medians. On one thread, what is counted are the seconds of this process alone. Each script of this folder is a generator of
+medians. On one thread, what counts are the seconds of this process alone. Each script of this folder is a generator of
 results: `python -m benchmarks.attention` runs one of them, `make bench` all.
 """
 
