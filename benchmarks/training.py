@@ -52,7 +52,7 @@ def compare(ours: Any, theirs: Any, images: int, text: int, goal: str) -> Iterat
     for name, our_value, their_value in zip(("losses", "gradients", "gradients"), found, expected, strict=True):
         check_equal(name, our_value, their_value, tolerance=1e-4)
     seconds = medians(
-        {"ours": train(ours, our_loss), "theirs": train(theirs, their_loss)}, seconds=0, rounds=2 if images > 5 else 5
+        {"ours": train(ours, our_loss), "theirs": train(theirs, their_loss)}, seconds=0, rounds=1 if images > 5 else 5
     )
     what = f"training step, {images} images in {text:,} tokens"
     yield Result.speed_up(what, "OpenFlamingo", seconds["ours"], seconds["theirs"], goal)
