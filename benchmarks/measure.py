@@ -1,8 +1,8 @@
 """Measure alternatives fairly, and write down what came out.
 
 Alternatives take turns within one run, so that whatever else the machine does meets all of them; a ratio is one of
-medians. Each script of this folder is a generator of results: `python -m benchmarks.attention` runs one of them,
-`make bench` all.
+medians. On one thread, what counts are the seconds of this process alone. Each script of this folder is a generator of
+results: `python -m benchmarks.attention` runs one of them, `make bench` all.
 """
 
 import json
@@ -10,6 +10,7 @@ import platform
 import statistics
 import sys
 import time
+import timeit
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.benchmark import Timer
+from torch.utils.benchmark.utils.timer import timer as synchronized
 
 RESULTS = Path(__file__).parents[1] / "docs" / "benchmarks"
 # Those whose versions are written beside the figures.
@@ -72,21 +73,22 @@ def medians(
     """Time alternatives in turns.
 
     Args:
-        alternatives: What to time, by name. They are called once beforehand, to warm up.
+        alternatives: What to time, by name. They are called once or twice beforehand, to warm up.
         seconds: How long all of it should take, about. Short functions are called many times a round.
         rounds: The least number of rounds.
 
     Returns:
         Median seconds a call, by name.
     """
-    timers = {
-        name: Timer("f()", globals={"f": function}, num_threads=torch.get_num_threads())
-        for name, function in alternatives.items()
-    }
+    # Not the Timer of torch, which warms up by two calls more each time: too many where a call takes long.
+    is_alone = torch.get_num_threads() == 1 and not torch.accelerator.is_available()
+    clock = time.process_time if is_alone else synchronized
+    timers = {name: timeit.Timer(function, timer=clock) for name, function in alternatives.items()}
     first = {}
     for name, timer in timers.items():
-        timer.timeit(1)
-        first[name] = timer.timeit(1).mean
+        first[name] = timer.timeit(1)
+        if first[name] < 1:  # else being the first makes little difference
+            first[name] = timer.timeit(1)
     # A round calls each function for about as long, and at least once.
     share = seconds / rounds / len(timers)
     calls = {name: max(1, round(share / duration)) for name, duration in first.items()}
@@ -96,7 +98,7 @@ def medians(
     for turn in range(rounds):
         names = list(timers)
         for name in names[turn % len(names) :] + names[: turn % len(names)]:  # each goes first as often
-            times[name].append(timers[name].timeit(calls[name]).mean)
+            times[name].append(timers[name].timeit(calls[name]) / calls[name])
     return {name: statistics.median(values) for name, values in times.items()}
 
 

@@ -1,0 +1,146 @@
+"""A Flamingo of ours and OpenFlamingo's, with the same weights.
+
+Neither has a vision encoder here: it is frozen and would cost both the same. Both start at the same features, and
+resample them.
+"""
+
+import copy
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from open_flamingo.src.flamingo import Flamingo as OpenFlamingo
+from open_flamingo.src.flamingo_lm import FlamingoLMMixin
+from open_flamingo.src.utils import extend_instance
+from torch import Tensor, nn
+from transformers import OPTConfig, OPTForCausalLM
+
+from flamingo_blocks import FlamingoConfig, FlamingoForConditionalGeneration
+from flamingo_blocks.configuration_flamingo import FlamingoVisionConfig
+
+# The shape of OPT-125M, which is also that of the smallest GPT-2 and of Pythia-160M.
+VOCAB, DIM, LAYERS = 50_272, 768, 12
+# OpenFlamingo's vision encoder is CLIP ViT-L/14.
+VISION_DIM, PATCHES = 1024, 256
+IMAGE = VOCAB  # both models get two tokens beyond the language model's own, as their builders give them
+# A name of OpenFlamingo's, and ours.
+_FEED_FORWARD = {"0": "norm_feed_forward", "1": "feed_forward.to_hidden", "3": "feed_forward.to_out"}
+_BLOCK = {f"attn.{name}": name for name in ("norm", "to_q", "to_kv", "to_out")} | {
+    f"ff.{theirs}": ours for theirs, ours in _FEED_FORWARD.items()
+}
+_RESAMPLER_LAYER = {"0.norm_media": "norm_features", "0.norm_latents": "norm_latents"} | {
+    f"0.{name}": name for name in ("to_q", "to_kv", "to_out")
+}
+_RESAMPLER_LAYER |= {f"1.{theirs}": ours for theirs, ours in _FEED_FORWARD.items()}
+
+
+def language_model() -> Any:
+    """Make a language model with random weights."""
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=VOCAB,
+        hidden_size=DIM,
+        word_embed_proj_dim=DIM,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=12,
+        ffn_dim=4 * DIM,
+        max_position_embeddings=4096,
+        dropout=0.0,  # else the two would differ in training
+    )
+    return OPTForCausalLM(config).eval()
+
+
+def flamingo(lm: Any) -> Any:
+    """Put blocks before every layer of a language model, of OpenFlamingo's sizes and with open gates."""
+    vision: dict[str, Any] = {"embed_dim": VISION_DIM, "depth": 1, "num_heads": 16}
+    config = FlamingoConfig(
+        text_config=lm.config,
+        vision_config=FlamingoVisionConfig(architecture="vit_tiny_patch16_224", model_args=vision, image_size=32),
+        cross_attention_heads=8,
+        cross_attention_head_dim=64,
+        gate_init=0.5,
+        resampler_heads=8,
+        resampler_head_dim=64,
+    )
+    model: Any = FlamingoForConditionalGeneration(config, language_model=lm)
+    for layer in (*model.injector.blocks.values(), *model.resampler.layers):
+        layer.feed_forward.activation = nn.GELU()
+    with torch.no_grad():
+        model.resampler.features.temporal_embeddings.zero_()  # OpenFlamingo has none
+        # In OPT, a token is read and predicted with the same row.
+        model.new_tokens.embeddings.weight.normal_(std=0.02)
+        model.new_tokens.head.weight.copy_(model.new_tokens.embeddings.weight)
+        model.new_tokens.head.bias.zero_()
+    return model.eval()
+
+
+def _as_encoded(features: Tensor) -> tuple[None, Tensor]:
+    """Stand where OpenFlamingo has its vision encoder, and get features instead of images."""
+    return None, features.squeeze(1)
+
+
+def open_flamingo(lm: Any, ours: Any) -> Any:
+    """Make OpenFlamingo's model around a language model that has no blocks yet, with the weights of ours."""
+    extend_instance(lm, FlamingoLMMixin)
+    lm.set_decoder_layers_attr_name("model.decoder.layers")
+    lm.resize_token_embeddings(VOCAB + 2, mean_resizing=False)
+    theirs: Any = OpenFlamingo(
+        SimpleNamespace(visual=_as_encoded), lm, eoc_token_id=IMAGE + 1, media_token_id=IMAGE, vis_dim=VISION_DIM
+    )
+    with torch.no_grad():
+        lm.get_input_embeddings().weight[VOCAB:] = ours.new_tokens.embeddings.weight
+    for block, of_ours in zip(lm.gated_cross_attn_layers, ours.injector.blocks.values(), strict=True):
+        gates = {"attn_gate": of_ours.gate.alpha, "ff_gate": of_ours.gate_feed_forward.alpha}
+        block.load_state_dict(_renamed(_BLOCK, of_ours.state_dict()) | gates)
+    resampler = ours.resampler
+    tensors = {"latents": resampler.latents, "norm.weight": resampler.norm.weight, "norm.bias": resampler.norm.bias}
+    for index, layer in enumerate(resampler.layers):
+        renamed = _renamed(_RESAMPLER_LAYER, layer.state_dict())
+        tensors |= {f"layers.{index}.{name}": tensor for name, tensor in renamed.items()}
+    theirs.perceiver.load_state_dict(tensors)
+    # Trained is what ours trains, all but the two new rows, which cannot be trained here without the other 50,272.
+    theirs.requires_grad_(False)
+    theirs.perceiver.requires_grad_(True)
+    lm.gated_cross_attn_layers.requires_grad_(True)
+    return theirs.eval()
+
+
+def _renamed(names: dict[str, str], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        f"{theirs}.{kind}": tensors[f"{ours}.{kind}"]
+        for theirs, ours in names.items()
+        for kind in ("weight", "bias")
+        if f"{ours}.{kind}" in tensors
+    }
+
+
+def both() -> tuple[Any, Any]:
+    """Make both models with the same weights, each with a language model of its own."""
+    lm = language_model()
+    copied = copy.deepcopy(lm)
+    ours = flamingo(lm)
+    return ours, open_flamingo(copied, ours)
+
+
+def prompt(images: int, text: int, *, patches: int = PATCHES) -> tuple[Tensor, Tensor]:
+    """Make text in which images come at regular distances, from the first token on, and their features."""
+    generator = torch.Generator().manual_seed(0)
+    input_ids = torch.randint(5, VOCAB, (1, text), generator=generator)
+    input_ids[:, torch.arange(images) * text // images] = IMAGE
+    return input_ids, torch.randn(1, images, 1, patches, VISION_DIM, generator=generator)
+
+
+def for_open_flamingo(features: Tensor) -> Tensor:
+    """Shape features as the images that OpenFlamingo expects: batch, media, one frame, channels, height, width."""
+    return features[:, :, :, None]
+
+
+def check_equal(what: str, ours: Tensor, theirs: Tensor, *, tolerance: float) -> None:
+    """Compare by the largest difference, relative to the largest value.
+
+    Raises:
+        RuntimeError: If they differ by more than the tolerance.
+    """
+    difference = float((ours - theirs).abs().max() / theirs.abs().max())
+    if not difference <= tolerance:
+        raise RuntimeError(f"{what} must be equal up to {tolerance}, but differ by {difference:.1e}")
