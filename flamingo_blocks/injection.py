@@ -5,7 +5,6 @@ Nothing here knows any model library; a decoder layer is a module that is called
 """
 
 import inspect
-import sys
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -152,7 +151,8 @@ class LMLayerInjector(nn.Module):
     def inject(self, layers: nn.ModuleList | Sequence[nn.Module]) -> "LMLayerInjector":
         """Put the blocks in place.
 
-        What torch.compile has compiled so far is dropped, here and in `eject`: it does not notice new hooks by itself.
+        From the first call on, torch.compile compares the hooks of modules (`skip_nnmodule_hook_guards = False` in its
+        configuration), and compiles anew where they differ. What it has compiled before is dropped.
 
         Args:
             layers: All decoder layers of the language model, e.g. `lm.model.layers`, or what
@@ -177,11 +177,11 @@ class LMLayerInjector(nn.Module):
                 raise ValueError(
                     f"decoder layer {index} stands in the list more than once; shared layers cannot differ"
                 )
+        _let_the_compiler_see_hooks()
         hooks = {index: _BlockHook(self, index, *hidden_states_argument(layers[index])) for index in self.layer_indices}
         self._handles = [
             layers[index].register_forward_pre_hook(hook, with_kwargs=True) for index, hook in hooks.items()
         ]
-        _forget_compiled_code()
         return self
 
     def eject(self) -> None:
@@ -195,7 +195,6 @@ class LMLayerInjector(nn.Module):
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        _forget_compiled_code()
 
     def project_media(self, media: Float[Tensor, "batch media latents media_dim"]) -> dict[int, KeyValues]:
         """Project media for all blocks at once, for a `scope` that is entered again and again.
@@ -310,6 +309,14 @@ def hidden_states_argument(layer: nn.Module) -> tuple[int, str]:
     return names.index(name), name
 
 
-def _forget_compiled_code() -> None:
-    if "torch._dynamo" in sys.modules:  # else nothing was compiled, and importing it is slow
-        torch.compiler.reset()
+def _let_the_compiler_see_hooks() -> None:
+    """Let torch.compile compare the hooks of modules, which by default it takes to be always the same.
+
+    Else it runs code that it compiled for a language model without blocks on one of the same class that has them, and
+    the other way round.
+    """
+    from torch._dynamo import config  # not on top: it is slow
+
+    if config.skip_nnmodule_hook_guards:
+        config.skip_nnmodule_hook_guards = False
+        torch.compiler.reset()  # what was compiled so far does not compare

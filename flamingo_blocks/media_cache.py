@@ -79,7 +79,7 @@ class MediaCache:
 
         Args:
             key_values: Keys and values of the new media for each decoder layer with a block; in each row, real media
-                come first.
+                come first. It may be empty if there are none, in later calls.
             num_media: How many of them are real.
             media_locations: Where the new text has their `<image>` tokens.
             attend: What a token sees.
@@ -196,10 +196,10 @@ class MediaCache:
         assert self._num_held is not None
         assert self._positions is not None
         old = next(iter(self.key_values.values())).keys.shape[1] if self.key_values else 0
-        new = next(iter(key_values.values())).keys.shape[1]
+        new = next(iter(key_values.values())).keys.shape[1] if key_values else 0
         positions = F.pad(positions, (0, new - positions.shape[1]), value=_NOWHERE)  # as many columns as media
         num_held = self._num_held + num_media
-        if old == 0:
+        if old == 0 and key_values:
             self.key_values, self._positions = dict(key_values), positions
         elif new:
             is_real = torch.cat([_first(old, self._num_held), _first(new, num_media)], dim=1)

@@ -367,8 +367,9 @@ class FlamingoForConditionalGeneration(FlamingoGenerationMixin, PreTrainedModel)
             media, num_media = self._encode(text.shape[0], pixel_values, num_frames, vision_features)
             if use_cache or media_cache is not None:
                 media_cache = MediaCache() if media_cache is None else media_cache
+                is_empty = media.shape[1] == 0 and media_cache.rows > 0
                 media_ranges = media_cache.update(
-                    self.injector.project_media(media),
+                    {} if is_empty else self.injector.project_media(media),
                     num_media,
                     is_image,
                     attend=self.config.attend,

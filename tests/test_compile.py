@@ -147,6 +147,23 @@ def test_injection_and_ejection_reach_an_lm_that_is_compiled_already() -> None:
             torch.testing.assert_close(compiled(input_ids, use_cache=False).logits, base)
 
 
+def test_compiled_code_of_one_lm_is_not_run_for_another_with_other_blocks() -> None:
+    """One has none, one has blocks before two layers, one before a single layer; all are compiled in turns."""
+    lms = [make_lm("llama") for _ in range(3)]
+    injectors = [
+        LMLayerInjector({i: make_block() for i in layers}).inject(lm.model.layers)
+        for lm, layers in zip(lms[1:], ((0, 2), (2,)), strict=True)
+    ]
+    compiled: list[Any] = [torch.compile(lm, backend="eager") for lm in lms]
+    input_ids, media = torch.randint(3, VOCAB, (2, TEXT)), torch.randn(2, 2, LATENTS, MEDIA_DIM)
+    runs = MediaRuns.from_ranges(media_ranges(media_locations(0, 3)))
+    with torch.no_grad(), injectors[0].scope(media, runs), injectors[1].scope(media, runs):
+        for order in ((0, 1, 2), (2, 1, 0)):
+            for i in order:
+                expected = lms[i](input_ids, use_cache=False).logits
+                torch.testing.assert_close(compiled[i](input_ids, use_cache=False).logits, expected)
+
+
 def _layers(name: str) -> str:
     return "h" if name == "gpt2" else "layers"
 
