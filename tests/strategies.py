@@ -54,6 +54,20 @@ def layouts(draw: st.DrawFn, *, max_batch: int = 3, max_text: int = 12, packed: 
     return Layout(torch.tensor(draw(rows)), cuts.cumsum(1), draw(attends))
 
 
+@st.composite
+def long_layouts(draw: st.DrawFn) -> Layout:
+    """What small layouts have not: many media, runs of one token beside very long ones, more tokens than a tile."""
+    batch = draw(st.integers(1, 2))
+    lengths = st.sampled_from([1, 1, 2, 31, 32, 33, 70])
+    rows = [draw(st.lists(lengths, min_size=1, max_size=64)) for _ in range(batch)]
+    text = max(map(sum, rows))
+    media_locations = torch.zeros(batch, text, dtype=torch.bool)
+    for row, run_lengths in enumerate(rows):  # the first run is text before any image
+        media_locations[row, torch.tensor(run_lengths).cumsum(0)[:-1]] = True
+    document_ids = torch.arange(text).expand(batch, -1) // draw(st.sampled_from([40, 10_000]))
+    return Layout(media_locations, document_ids, draw(attends))
+
+
 def random_tensor(seed: int, *shape: int, requires_grad: bool = False) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_(requires_grad)

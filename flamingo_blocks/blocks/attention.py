@@ -7,16 +7,16 @@ Legend: `text` tokens, `media` per row, `latents` per medium, `heads` of queries
 """
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from flamingo_blocks.blocks.media_mask import MediaRuns, dense_media_mask
+from flamingo_blocks.blocks.media_mask import MediaRuns, MediaSegments, dense_media_mask
 
-Algorithm = Literal["loop", "dense"]
+Algorithm = Literal["loop", "tiles", "varlen", "dense"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,21 +43,24 @@ def attend_to_media(
         media: Keys and values; each kv head serves heads / kv_heads neighbouring heads. NaN in a medium reaches the
             tokens that see it, in `dense` in all heads, and no others.
         runs: What each token sees.
-        algorithm: `"loop"` or `"dense"`, to force one (see `choose_algorithm`). All are exact.
+        algorithm: To force one by its name, see `choose_algorithm`. All are exact.
 
     Raises:
         ValueError: If shapes do not fit, if `runs` names a medium that is not there (not checked under
-            `torch.compile`), or if `"loop"` is forced on runs that were built there and so have no table.
+            `torch.compile`), or if the algorithm that is forced cannot work with these runs.
     """
     _check_shapes(queries, media, runs)
     if algorithm is None:
         algorithm = choose_algorithm(queries, media, runs)
-    match algorithm:
-        case "loop":
-            return _loop_over_runs(queries, media, runs)
-        case "dense":
-            return _dense(queries, media, runs)
-    raise ValueError(f"algorithm must be one of {', '.join(map(repr, get_args(Algorithm)))}, got {algorithm!r}")
+    if algorithm not in _ALGORITHMS:
+        raise ValueError(f"algorithm must be one of {', '.join(map(repr, _ALGORITHMS))}, got {algorithm!r}")
+    if 0 in (*queries.shape, media.keys.shape[1]):
+        return torch.zeros_like(queries)
+    dtype = queries.dtype
+    if queries.device.type == "cpu" and dtype in _HALF and torch.is_grad_enabled():
+        # The kernel's backward is by far slower in half precision than in float32, and less exact.
+        queries, media = queries.float(), KeyValues(media.keys.float(), media.values.float())
+    return _ALGORITHMS[algorithm](queries, media, runs).to(dtype)
 
 
 def choose_algorithm(
@@ -65,52 +68,124 @@ def choose_algorithm(
 ) -> Algorithm:
     """Name the algorithm that `attend_to_media` uses for these inputs.
 
-    - `"loop"`: one maskless attention per run, which computes nothing in vain. The choice on CPU where runs are long or
-      media large.
-    - `"dense"`: all tokens against all media under a mask. The reference; needs no run table, so it has static shapes
-      for `torch.compile`, and one kernel on devices where a launch per run would cost more. Also the choice on CPU
-      where there is so little to compute that a call per run would take longer.
+    - `"loop"`: one maskless attention per run, which computes nothing in vain. The choice on CPU.
+    - `"varlen"`: one kernel for all runs, if they are in order (see `MediaRuns`). The choice on CUDA in half precision.
+    - `"tiles"`: tokens that see the same medium are gathered into tiles of equal length, if runs are in order. It needs
+      no table, so its shapes are static: the choice under `torch.compile`, and wherever the first two are not.
+    - `"dense"`: all tokens against all media under a mask. The reference; the choice where all tokens see all media,
+      so that no mask is needed; where there is so little to compute that a call per run would take longer; and where
+      runs are not in order and cannot be looped over.
     """
-    if torch.compiler.is_compiling() or runs.table is None or queries.device.type != "cpu":
+    num_media, latents = media.keys.shape[1:3]
+    static = torch.compiler.is_compiling() or runs.table is None
+    if not static and runs.sees_all(num_media):
         return "dense"
-    _, num_media, latents, _, _ = media.keys.shape
-    multiply_adds = 2 * queries.numel() * num_media * latents
-    return "dense" if multiply_adds < _MULTIPLY_ADDS_PER_CALL * len(runs.table) else "loop"
+    if not static and queries.device.type == "cpu":
+        multiply_adds = 2 * queries.numel() * num_media * latents
+        return "dense" if multiply_adds < _MULTIPLY_ADDS_PER_CALL * len(runs.table or ()) else "loop"
+    if not runs.in_order or queries.shape[1] == 1 or num_media == 1:
+        return "dense"
+    has_kernel = queries.device.type == "cuda" and queries.dtype in _HALF and queries.shape[-1] in range(8, 257, 8)
+    return "varlen" if has_kernel and not static else "tiles"
 
 
+_HALF = (torch.bfloat16, torch.float16)
 # One call of attention takes about as long as so many multiply-adds within a call.
 _MULTIPLY_ADDS_PER_CALL = 2**18
+_TILE = 32  # tokens
 
 
-def _loop_over_runs(
+def _loop(
     queries: Float[Tensor, "batch text heads head_dim"], media: KeyValues, runs: MediaRuns
 ) -> Float[Tensor, "batch text heads head_dim"]:
     if runs.table is None:
-        raise ValueError('algorithm "loop" needs a run table, which torch.compile does not build; use "dense"')
+        raise ValueError(
+            'algorithm "loop" needs a run table, which torch.compile does not build; use "tiles" or "dense"'
+        )
     num_media = media.keys.shape[1]
-    # One split and one unbind: slicing per run instead would cost backward a full-size zero tensor for each slice.
-    pieces = queries.flatten(0, 1).split([run.length for run in runs.table])
-    keys, values = media.keys.flatten(0, 1).unbind(), media.values.flatten(0, 1).unbind()
+    # One split for all runs: a slice for each would cost backward a full-size tensor of zeros for each.
+    pieces = queries.flatten(0, 1)[None].split([run.length for run in runs.table], dim=1)
+    keys, values = media.keys.flatten(0, 1).split(1), media.values.flatten(0, 1).split(1)
     outputs = []
     for piece, run in zip(pieces, runs.table, strict=True):
         if run.media_start == run.media_stop:
             outputs.append(torch.zeros_like(piece))
             continue
         seen = slice(run.row * num_media + run.media_start, run.row * num_media + run.media_stop)
-        outputs.append(_attend(piece[None], _join(keys[seen])[None], _join(values[seen])[None])[0])
-    return torch.cat(outputs).view_as(queries) if outputs else torch.zeros_like(queries)
+        outputs.append(_attend(piece, _join(keys[seen]), _join(values[seen])))
+    return torch.cat(outputs, dim=1).view_as(queries)
 
 
 def _join(media: tuple[Tensor, ...]) -> Tensor:
-    return media[0] if len(media) == 1 else torch.cat(media)
+    return media[0] if len(media) == 1 else torch.cat(media, dim=1)
+
+
+def _tiles(
+    queries: Float[Tensor, "batch text heads head_dim"], media: KeyValues, runs: MediaRuns
+) -> Float[Tensor, "batch text heads head_dim"]:
+    _check_order("tiles", runs)
+    batch, text, _, _ = queries.shape
+    num_media = media.keys.shape[1]
+    segments = runs.segments(num_media)
+    length = segments.length.flatten()
+    tiles = (length + _TILE - 1) // _TILE
+    end_tile, end_token = tiles.cumsum(0), length.cumsum(0)
+    first_tile, first_token = end_tile - tiles, end_token - length
+    # As many tiles as any layout may need. Tiles that are left over, and the rest of a medium's last tile, repeat some
+    # token; what comes out of them is not read.
+    tile = torch.arange(batch * (text // _TILE + num_media), device=queries.device)
+    medium = torch.searchsorted(end_tile, tile, right=True).clamp(max=batch * num_media - 1)
+    token = (first_token[medium] + (tile - first_tile[medium]) * _TILE)[:, None]
+    token = (token + torch.arange(_TILE, device=queries.device)).minimum(end_token[medium, None] - 1)
+    output = _attend(
+        queries.flatten(0, 1)[token],
+        media.keys.flatten(0, 1)[medium],
+        media.values.flatten(0, 1)[medium],
+    )
+    own = segments.medium + num_media * torch.arange(batch, device=queries.device)[:, None]
+    within = torch.arange(batch * text, device=queries.device).view(batch, text) - first_token[own]
+    return _clear(output.flatten(0, 1)[first_tile[own] * _TILE + within], segments)
+
+
+def _varlen(
+    queries: Float[Tensor, "batch text heads head_dim"], media: KeyValues, runs: MediaRuns
+) -> Float[Tensor, "batch text heads head_dim"]:
+    _check_order("varlen", runs)
+    # Not on top: importing it is slow, and it is of no use without CUDA.
+    from torch.nn.attention import varlen
+
+    batch, text, heads, _ = queries.shape
+    num_media, latents, kv_heads = media.keys.shape[1:4]
+    segments = runs.segments(num_media)
+    ends = F.pad(segments.length.flatten().cumsum(0), (1, 0)).int()
+    media_ends = latents * torch.arange(batch * num_media + 1, device=queries.device, dtype=torch.int32)
+    output: Any = varlen.varlen_attn(
+        queries.flatten(0, 1),
+        media.keys.flatten(0, 2),
+        media.values.flatten(0, 2),
+        ends,
+        media_ends,
+        text,
+        latents,
+        enable_gqa=heads != kv_heads,
+    )
+    return _clear(output.view_as(queries), segments)
+
+
+def _clear(
+    output: Float[Tensor, "batch text heads head_dim"], segments: MediaSegments
+) -> Float[Tensor, "batch text heads head_dim"]:
+    """Zero what tokens got that see nothing."""
+    output = output.where(segments.sees_something[..., None, None], 0)
+    return output.where(~segments.is_wrong[..., None, None], torch.nan)
 
 
 def _dense(
     queries: Float[Tensor, "batch text heads head_dim"], media: KeyValues, runs: MediaRuns
 ) -> Float[Tensor, "batch text heads head_dim"]:
-    _, num_media, latents, _, _ = media.keys.shape
-    if num_media == 0:
-        return torch.zeros_like(queries)
+    num_media, latents = media.keys.shape[1:3]
+    if not torch.compiler.is_compiling() and runs.sees_all(num_media):
+        return _attend(queries, media.keys.flatten(1, 2), media.values.flatten(1, 2))
     mask = dense_media_mask(runs.ranges, num_media)
     # Kernels differ in what they return where everything is masked, some NaN, also as gradient: such tokens attend
     # everywhere here and are set to zero afterwards.
@@ -138,6 +213,17 @@ def _attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None =
         enable_gqa=queries.shape[2] != keys.shape[2],
     )
     return output.transpose(1, 2)
+
+
+def _check_order(algorithm: Algorithm, runs: MediaRuns) -> None:
+    if not runs.in_order:
+        raise ValueError(
+            f'algorithm "{algorithm}" needs runs in order, see MediaRuns: each token may see one medium only, and none '
+            'before that of an earlier token; use "dense"'
+        )
+
+
+_ALGORITHMS = {"loop": _loop, "tiles": _tiles, "varlen": _varlen, "dense": _dense}
 
 
 def _check_shapes(queries: Tensor, media: KeyValues, runs: MediaRuns) -> None:

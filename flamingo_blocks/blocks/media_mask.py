@@ -3,7 +3,7 @@
 Source: Alayrac et al. 2022 (Flamingo), section 2.3 and appendices A.1.3 and A.3.2.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, NamedTuple, get_args
 
@@ -142,14 +142,22 @@ class MediaRuns:
         table: Every token is in exactly one run; runs are maximal and in the order of the tokens, row by row.
             None under `torch.compile`, where reading values back would break the graph; the static-shape algorithms
             use `ranges` alone.
+        in_order: Whether each token sees at most one medium, and none that comes before one that an earlier token of
+            its row sees: so it is under `"last"` and `"next"`.
     """
 
     ranges: Int[Tensor, "batch text 2"]
     table: tuple[MediaRun, ...] | None
+    in_order: bool = False
+    _segments: dict[int, "MediaSegments"] = field(default_factory=dict, repr=False)
 
     @classmethod
     def from_ranges(
-        cls, ranges: Int[Tensor, "batch text 2"], *, num_media: Int[Tensor, " batch"] | None = None
+        cls,
+        ranges: Int[Tensor, "batch text 2"],
+        *,
+        num_media: Int[Tensor, " batch"] | None = None,
+        in_order: bool | None = None,
     ) -> "MediaRuns":
         """Read the ranges back from the device, once, and collect them into runs.
 
@@ -158,22 +166,46 @@ class MediaRuns:
             num_media: How many media each row really has, padding not counted. Give it for ranges of a whole
                 prompt: since every `<image>` token sees its own medium, a row in which the number of `<image>` tokens
                 differs from the number of media shows here. The check is skipped under `torch.compile`.
+            in_order: For `torch.compile`, where it cannot be read from the ranges: say True where they follow the rule
+                `"last"` or `"next"`, and attention costs no more with more media. Tokens for which it is not true come
+                out as NaN. Elsewhere it is found out.
 
         Raises:
-            ValueError: If a range is negative or backwards, if the shapes are wrong, or if a row's `<image>` tokens
-                and media do not agree in number.
+            ValueError: If a range is negative or backwards, if the shapes are wrong, if a row's `<image>` tokens
+                and media do not agree in number, or if `in_order` is not true.
         """
         if ranges.ndim != 3 or ranges.shape[-1] != 2:
             raise ValueError(f"ranges must have shape (batch, text, 2), got {tuple(ranges.shape)}")
         if num_media is not None and num_media.shape != ranges.shape[:1]:
             raise ValueError(f"num_media must have shape ({ranges.shape[0]},), got {tuple(num_media.shape)}")
         if torch.compiler.is_compiling():
-            return cls(ranges, None)
+            return cls(ranges, None, bool(in_order))
         on_host = ranges.detach().cpu()
         _check_ranges(on_host)
         if num_media is not None:
             _check_num_media(on_host, num_media.tolist())
-        return cls(ranges, _collect_runs(on_host))
+        table = _collect_runs(on_host)
+        is_in_order = _are_in_order(table)
+        if in_order and not is_in_order:
+            raise ValueError(
+                "ranges are not in order: a token sees several media, or one that comes before that of an earlier "
+                "token; leave in_order out"
+            )
+        return cls(ranges, table, is_in_order)
+
+    def sees_all(self, num_media: int) -> bool:
+        """Whether every token is known to see all media of its row."""
+        return self.table is not None and all(
+            run.media_start == 0 and run.media_stop == num_media for run in self.table
+        )
+
+    def segments(self, num_media: int) -> "MediaSegments":
+        """Give the runs as segments of neighbouring tokens, one for each medium; they must be in order."""
+        if torch.compiler.is_compiling():  # which finds by itself that layers do the same
+            return _collect_segments(self.ranges, num_media)
+        if num_media not in self._segments:
+            self._segments[num_media] = _collect_segments(self.ranges, num_media)
+        return self._segments[num_media]
 
     @cached_property
     def media_stop(self) -> int:
@@ -194,6 +226,46 @@ def _collect_runs(ranges: Int[Tensor, "batch text 2"]) -> tuple[MediaRun, ...]:
     columns = torch.stack([first // text, first % text, length], dim=-1)
     table = torch.cat([columns, ranges.flatten(0, 1)[first]], dim=-1)
     return tuple(MediaRun(*row) for row in table.tolist())
+
+
+def _are_in_order(table: tuple[MediaRun, ...]) -> bool:
+    row, newest = 0, 0
+    for run in table:
+        if run.row != row:
+            row, newest = run.row, 0
+        if run.media_start == run.media_stop:
+            continue
+        if run.media_stop - run.media_start > 1 or run.media_start < newest:
+            return False
+        newest = run.media_start
+    return True
+
+
+class MediaSegments(NamedTuple):
+    """Runs in order, as static shapes can hold them: the tokens of each medium, side by side.
+
+    Tokens that see nothing are counted with the medium before them, or with the first one of their row; what they
+    attend to there is to be thrown away.
+
+    Attributes:
+        medium: The medium of each token's segment.
+        length: How many tokens the segment of each medium has.
+        sees_something: False for tokens that see nothing.
+        is_wrong: True for tokens whose ranges are not in order.
+    """
+
+    medium: Int[Tensor, "batch text"]
+    length: Int[Tensor, "batch media"]
+    sees_something: Bool[Tensor, "batch text"]
+    is_wrong: Bool[Tensor, "batch text"]
+
+
+def _collect_segments(ranges: Int[Tensor, "batch text 2"], num_media: int) -> MediaSegments:
+    start, stop = ranges.unbind(-1)
+    sees_something = start < stop
+    medium = start.where(sees_something, 0).cummax(-1).values
+    length = medium.new_zeros(ranges.shape[0], num_media).scatter_add(1, medium, torch.ones_like(medium))
+    return MediaSegments(medium, length, sees_something, sees_something & ((stop - start > 1) | (start < medium)))
 
 
 def _check_ranges(ranges: Int[Tensor, "batch text 2"]) -> None:

@@ -1,18 +1,43 @@
-from typing import get_args
+from typing import Any, get_args
+from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given
+import torch.nn.functional as F
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from flamingo_blocks import MediaRuns
-from flamingo_blocks.blocks import Algorithm, KeyValues, attend_to_media, choose_algorithm
+from flamingo_blocks.blocks import Algorithm, KeyValues, attend_to_media, choose_algorithm, dense_media_mask
 from tests import reference
-from tests.strategies import Layout, layouts, random_tensor, seeds
+from tests.strategies import Layout, layouts, long_layouts, random_tensor, seeds
 
 algorithms = st.sampled_from(get_args(Algorithm))
 LATENTS, HEADS, HEAD_DIM = 3, 4, 5
+
+
+def varlen_attn(
+    queries: Tensor, keys: Tensor, values: Tensor, ends: Tensor, media_ends: Tensor, *_: Any, enable_gqa: bool
+) -> Tensor:
+    """What torch's kernel computes, which is for CUDA alone: one attention for each pair of segments."""
+    assert ends.dtype == media_ends.dtype == torch.int32
+    segments = zip(
+        *(tensor.split(e.diff().tolist()) for tensor, e in ((queries, ends), (keys, media_ends), (values, media_ends))),
+        strict=True,
+    )
+    outputs = []
+    for q, k, v in segments:
+        q, k, v = (tensor.transpose(0, 1) for tensor in (q, k, v))
+        outputs.append(F.scaled_dot_product_attention(q, k, v, enable_gqa=enable_gqa))
+    return torch.cat(outputs, dim=1).transpose(0, 1)
+
+
+def attend(queries: Tensor, media: KeyValues, runs: MediaRuns, algorithm: Algorithm) -> Tensor:
+    if not runs.in_order and algorithm in ("tiles", "varlen"):
+        assume(False)
+    with mock.patch("torch.nn.attention.varlen.varlen_attn", varlen_attn):
+        return attend_to_media(queries, media, runs, algorithm=algorithm)
 
 
 def draw_inputs(layout: Layout, seed: int, *, kv_heads: int = HEADS) -> tuple[Tensor, KeyValues]:
@@ -26,8 +51,18 @@ def draw_inputs(layout: Layout, seed: int, *, kv_heads: int = HEADS) -> tuple[Te
 def test_every_algorithm_equals_the_loop_oracle_gradients_included(
     layout: Layout, seed: int, kv_heads: int, algorithm: Algorithm
 ) -> None:
+    check_algorithm(layout, seed, kv_heads, algorithm)
+
+
+@settings(max_examples=10)
+@given(long_layouts(), seeds, algorithms)
+def test_so_it_does_for_many_media_and_for_long_runs(layout: Layout, seed: int, algorithm: Algorithm) -> None:
+    check_algorithm(layout, seed, 2, algorithm)
+
+
+def check_algorithm(layout: Layout, seed: int, kv_heads: int, algorithm: Algorithm) -> None:
     queries, media = draw_inputs(layout, seed, kv_heads=kv_heads)
-    output = attend_to_media(queries, media, layout.runs, algorithm=algorithm)
+    output = attend(queries, media, layout.runs, algorithm)
     expected = reference.attend_to_media(queries, media, layout.ranges)
     torch.testing.assert_close(output, expected)
 
@@ -44,11 +79,11 @@ def test_every_algorithm_equals_the_loop_oracle_gradients_included(
 def test_a_token_depends_on_no_medium_outside_its_range(layout: Layout, seed: int, algorithm: Algorithm) -> None:
     queries, media = draw_inputs(layout, seed)
     _, others = draw_inputs(layout, seed + 10)
-    before = attend_to_media(queries, media, layout.runs, algorithm=algorithm)
+    before = attend(queries, media, layout.runs, algorithm)
     for changed in range(layout.media):
         keys, values = media.keys.detach().clone(), media.values.detach().clone()
         keys[:, changed], values[:, changed] = others.keys[:, changed], others.values[:, changed]
-        after = attend_to_media(queries, KeyValues(keys, values), layout.runs, algorithm=algorithm)
+        after = attend(queries, KeyValues(keys, values), layout.runs, algorithm)
         start, stop = layout.ranges.unbind(-1)
         sees_it = (start <= changed) & (changed < stop)
         assert torch.equal(after[~sees_it], before[~sees_it])
@@ -60,7 +95,7 @@ def test_an_empty_range_gives_exactly_zero_and_finite_gradients(
     layout: Layout, seed: int, algorithm: Algorithm
 ) -> None:
     queries, media = draw_inputs(layout, seed)
-    output = attend_to_media(queries, media, layout.runs, algorithm=algorithm)
+    output = attend(queries, media, layout.runs, algorithm)
     sees_nothing = layout.ranges[..., 0] == layout.ranges[..., 1]
     assert (output[sees_nothing] == 0).all()
     if output.requires_grad:
@@ -79,19 +114,19 @@ def test_permuting_the_latents_of_a_medium_changes_nothing(
     queries, media = draw_inputs(layout, seed)
     permuted = KeyValues(media.keys[:, :, order], media.values[:, :, order])
     torch.testing.assert_close(
-        attend_to_media(queries, permuted, layout.runs, algorithm=algorithm),
-        attend_to_media(queries, media, layout.runs, algorithm=algorithm),
+        attend(queries, permuted, layout.runs, algorithm),
+        attend(queries, media, layout.runs, algorithm),
     )
 
 
 @given(layouts(), seeds, algorithms)
 def test_rows_of_a_batch_are_independent(layout: Layout, seed: int, algorithm: Algorithm) -> None:
     queries, media = draw_inputs(layout, seed)
-    together = attend_to_media(queries, media, layout.runs, algorithm=algorithm)
+    together = attend(queries, media, layout.runs, algorithm)
     for row in range(layout.batch):
         own = KeyValues(media.keys[row, None], media.values[row, None])
         runs = MediaRuns.from_ranges(layout.ranges[row, None])
-        alone = attend_to_media(queries[row, None], own, runs, algorithm=algorithm)
+        alone = attend(queries[row, None], own, runs, algorithm)
         torch.testing.assert_close(alone[0], together[row])
 
 
@@ -103,13 +138,13 @@ def test_the_order_of_media_matters_only_through_the_ranges(
     queries, media = draw_inputs(layout, seed)
     ranges = layout.ranges.clone()
     ranges[..., 1] = ranges[..., 1].minimum(ranges[..., 0] + 1)
-    expected = attend_to_media(queries, media, MediaRuns.from_ranges(ranges), algorithm=algorithm)
+    expected = attend(queries, media, MediaRuns.from_ranges(ranges), algorithm)
     place = torch.tensor(data.draw(st.permutations(range(layout.media))))
     stored = place.argsort()
     moved = KeyValues(media.keys[:, stored], media.values[:, stored])
     start = place[ranges[..., 0]]
     moved_ranges = torch.stack([start, start + (ranges[..., 1] - ranges[..., 0])], dim=-1)
-    output = attend_to_media(queries, moved, MediaRuns.from_ranges(moved_ranges), algorithm=algorithm)
+    output = attend(queries, moved, MediaRuns.from_ranges(moved_ranges), algorithm)
     torch.testing.assert_close(output, expected)
 
 
@@ -118,7 +153,7 @@ def test_a_batch_without_media_gives_zero(algorithm: Algorithm) -> None:
     queries = torch.randn(2, 3, HEADS, HEAD_DIM)
     nothing = torch.zeros(2, 0, LATENTS, HEADS, HEAD_DIM)
     runs = MediaRuns.from_ranges(torch.zeros(2, 3, 2, dtype=torch.long))
-    output = attend_to_media(queries, KeyValues(nothing, nothing), runs, algorithm=algorithm)
+    output = attend(queries, KeyValues(nothing, nothing), runs, algorithm)
     assert torch.equal(output, torch.zeros_like(queries))
 
 
@@ -127,11 +162,11 @@ def test_nan_of_a_medium_reaches_the_tokens_that_see_it_and_no_others(
     layout: Layout, seed: int, algorithm: Algorithm
 ) -> None:
     queries, media = draw_inputs(layout, seed)
-    before = attend_to_media(queries, media, layout.runs, algorithm=algorithm)
+    before = attend(queries, media, layout.runs, algorithm)
     changed = seed % layout.media
     values = media.values.detach().clone()
     values[:, changed, 0] = torch.nan
-    after = attend_to_media(queries, KeyValues(media.keys, values), layout.runs, algorithm=algorithm)
+    after = attend(queries, KeyValues(media.keys, values), layout.runs, algorithm)
     start, stop = layout.ranges.unbind(-1)
     sees_it = (start <= changed) & (changed < stop)
     assert after[sees_it].isnan().all()
@@ -142,7 +177,7 @@ def test_nan_of_a_medium_reaches_the_tokens_that_see_it_and_no_others(
 def test_a_batch_without_tokens_gives_no_output(algorithm: Algorithm) -> None:
     media = torch.randn(2, 1, LATENTS, HEADS, HEAD_DIM)
     runs = MediaRuns.from_ranges(torch.zeros(2, 0, 2, dtype=torch.long))
-    output = attend_to_media(torch.zeros(2, 0, HEADS, HEAD_DIM), KeyValues(media, media), runs, algorithm=algorithm)
+    output = attend(torch.zeros(2, 0, HEADS, HEAD_DIM), KeyValues(media, media), runs, algorithm)
     assert output.shape == (2, 0, HEADS, HEAD_DIM)
 
 
@@ -153,7 +188,7 @@ def test_a_batch_without_tokens_gives_no_output(algorithm: Algorithm) -> None:
         pytest.param(1, 2, 64, "dense", id="a step of decoding, two media"),
         pytest.param(256, 5, 64, "loop", id="a training window of the paper"),
         pytest.param(1, 32, 64, "loop", id="a step of decoding, 32 media"),
-        pytest.param(2048, 1, 64, "loop", id="one medium"),
+        pytest.param(2048, 1, 64, "dense", id="one medium, no mask needed"),
     ],
 )
 def test_the_choice_on_cpu_is_the_loop_unless_there_is_little_to_compute(
@@ -166,12 +201,66 @@ def test_the_choice_on_cpu_is_the_loop_unless_there_is_little_to_compute(
     assert choose_algorithm(queries, KeyValues(keys, keys), runs) == algorithm
 
 
-def test_the_choice_is_dense_without_a_table_and_on_other_devices() -> None:
+def test_the_choice_elsewhere_needs_no_table() -> None:
     queries, keys = torch.zeros(1, 256, 8, 64), torch.zeros(1, 2, 64, 8, 64)
-    runs = MediaRuns.from_ranges(torch.tensor([[[0, 1]] * 256]))
+    ranges = torch.tensor([[[0, 1]] * 100 + [[1, 2]] * 156])
+    runs = MediaRuns.from_ranges(ranges)
     assert choose_algorithm(queries, KeyValues(keys, keys), runs) == "loop"
-    assert choose_algorithm(queries, KeyValues(keys, keys), MediaRuns(runs.ranges, None)) == "dense"
-    assert choose_algorithm(queries.to("meta"), KeyValues(keys, keys), runs) == "dense"
+    assert choose_algorithm(queries, KeyValues(keys, keys), MediaRuns(ranges, None, in_order=True)) == "tiles"
+    assert choose_algorithm(queries, KeyValues(keys, keys), MediaRuns(ranges, None)) == "dense"
+    assert choose_algorithm(queries.to("meta"), KeyValues(keys, keys), runs) == "tiles"
+    out_of_order = MediaRuns.from_ranges(ranges.flip(1))
+    assert choose_algorithm(queries.to("meta"), KeyValues(keys, keys), out_of_order) == "dense"
+
+
+@given(layouts(), seeds)
+def test_tokens_whose_ranges_are_not_in_order_come_out_as_nan_where_nobody_could_look(
+    layout: Layout, seed: int
+) -> None:
+    """Under torch.compile, that ranges are in order is a promise."""
+    queries, media = draw_inputs(layout, seed)
+    promised = attend_to_media(queries, media, MediaRuns(layout.ranges, None, in_order=True), algorithm="tiles")
+    expected = reference.attend_to_media(queries, media, layout.ranges)
+    is_right = ~promised.isnan().any(-1).any(-1)
+    torch.testing.assert_close(promised[is_right], expected[is_right])
+    assert is_right.all() == layout.runs.in_order
+
+
+@given(layouts())
+def test_runs_are_in_order_under_the_papers_rules(layout: Layout) -> None:
+    ranges = layout.ranges
+    assert layout.runs.in_order or layout.attend == "all_previous"
+    if not layout.runs.in_order:
+        with pytest.raises(ValueError, match="ranges are not in order: a token sees several media"):
+            MediaRuns.from_ranges(ranges, in_order=True)
+
+
+@pytest.mark.parametrize("algorithm", get_args(Algorithm))
+@pytest.mark.parametrize("scale", [0.3, 1, 3])
+def test_half_precision_is_no_less_exact_than_torchs_dense_attention_in_it(scale: float, algorithm: Algorithm) -> None:
+    text, media, latents, heads, head_dim = 160, 5, 64, 4, 64
+    ranges = torch.tensor([[[i * media // text, i * media // text + 1] for i in range(text)]])
+    runs = MediaRuns.from_ranges(ranges)
+    shapes = (1, text, heads, head_dim), (1, media, latents, heads, head_dim), (1, media, latents, heads, head_dim)
+    exact = [(scale * random_tensor(i, *shape)).bfloat16().double() for i, shape in enumerate(shapes)]
+    weights = random_tensor(3, *shapes[0]).bfloat16()
+
+    def run(dtype: torch.dtype, attention: Any) -> list[Tensor]:
+        inputs = [tensor.to(dtype).requires_grad_() for tensor in exact]
+        output = attention(*inputs)
+        return [output, *torch.autograd.grad(output, inputs, weights.to(dtype))]
+
+    def ours(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        return attend(queries, KeyValues(keys, values), runs, algorithm)
+
+    def torchs(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        mask = dense_media_mask(ranges, media).repeat_interleave(latents, dim=-1)[:, None]
+        keys, values = keys.flatten(1, 2).transpose(1, 2), values.flatten(1, 2).transpose(1, 2)
+        return F.scaled_dot_product_attention(queries.transpose(1, 2), keys, values, mask).transpose(1, 2)
+
+    results = run(torch.float64, torchs), run(torch.bfloat16, ours), run(torch.bfloat16, torchs)
+    for expected, found, other in zip(*results, strict=True):
+        assert (found - expected).norm() <= (other - expected).norm()
 
 
 def test_more_image_tokens_than_media_is_an_error() -> None:
@@ -204,7 +293,10 @@ def test_wrong_shapes_are_refused(
 def test_unknown_or_impossible_algorithms_are_refused() -> None:
     queries, media = torch.randn(1, 2, HEADS, HEAD_DIM), torch.randn(1, 1, LATENTS, HEADS, HEAD_DIM)
     ranges = torch.zeros(1, 2, 2, dtype=torch.long)
-    with pytest.raises(ValueError, match="algorithm must be one of 'loop', 'dense', got 'flash'"):
+    with pytest.raises(ValueError, match="algorithm must be one of 'loop', 'tiles', 'varlen', 'dense', got 'flash'"):
         attend_to_media(queries, KeyValues(media, media), MediaRuns.from_ranges(ranges), algorithm="flash")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match='"loop" needs a run table'):
         attend_to_media(queries, KeyValues(media, media), MediaRuns(ranges, None), algorithm="loop")
+    for algorithm in ("tiles", "varlen"):
+        with pytest.raises(ValueError, match=f'"{algorithm}" needs runs in order'):
+            attend_to_media(queries, KeyValues(media, media), MediaRuns(ranges, None), algorithm=algorithm)
