@@ -15,10 +15,10 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from timeit import Timer
 from typing import Any
 
 import torch
-from torch.utils.benchmark import Timer
 
 RESULTS = Path(__file__).parents[1] / "docs" / "benchmarks"
 # Those whose versions are written beside the figures.
@@ -79,14 +79,11 @@ def medians(
     Returns:
         Median seconds a call, by name.
     """
-    timers = {
-        name: Timer("f()", globals={"f": function}, num_threads=torch.get_num_threads())
-        for name, function in alternatives.items()
-    }
+    timers = {name: Timer(function, timer=_clock) for name, function in alternatives.items()}
     first = {}
     for name, timer in timers.items():
         timer.timeit(1)
-        first[name] = timer.timeit(1).mean
+        first[name] = max(timer.timeit(1), 1e-9)
     # A round calls each function for about as long, and at least once.
     share = seconds / rounds / len(timers)
     calls = {name: max(1, round(share / duration)) for name, duration in first.items()}
@@ -96,8 +93,16 @@ def medians(
     for turn in range(rounds):
         names = list(timers)
         for name in names[turn % len(names) :] + names[: turn % len(names)]:  # each goes first as often
-            times[name].append(timers[name].timeit(calls[name]).mean)
+            times[name].append(timers[name].timeit(calls[name]) / calls[name])
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _clock() -> float:
+    """Tell the time; on CPU that of this process, to which it does not matter who else uses the machine."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.process_time()
 
 
 def machine(device: str = "cpu") -> dict[str, str]:
