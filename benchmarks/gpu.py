@@ -94,7 +94,7 @@ def _cores(sizes: AttentionSizes, layout: Layout) -> Iterator[Result]:
         try:
             step.with_backward()
         except (NotImplementedError, RuntimeError, ValueError) as error:
-            sys.stderr.write(f"{name} does not run here: {error}\n")
+            sys.stderr.write(f"{name} does not run here: {str(error).splitlines()[0]}\n")
             continue
         check_equal({"OpenFlamingo": theirs, name: step})
         yield from speed_ups(
