@@ -1,4 +1,8 @@
-"""Modules of other libraries, each beside ours with the same weights."""
+"""Modules of other libraries, each beside ours with the same weights.
+
+Where it can be, the two share the memory of their weights: matrix products take some percent more or less time by where
+their operands happen to lie.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -59,7 +63,7 @@ def open_flamingo(*, dim: int, media_dim: int, heads: int = 8) -> Peer:
     module = OpenFlamingoBlock(dim=dim, dim_visual=media_dim, dim_head=HEAD_DIM, heads=heads)
     ours = _paper_block(dim=dim, media_dim=media_dim, heads=heads)
     _randomize(module)
-    ours.load_state_dict(_from_open_flamingo(module.state_dict()))
+    ours.load_state_dict(_from_open_flamingo(module.state_dict()), assign=True)
 
     def for_layout(is_media: Tensor) -> Block:
         return lambda hidden_states, media: module(hidden_states, media, media_locations=is_media)
@@ -77,7 +81,7 @@ def flamingo_pytorch(*, dim: int, heads: int = 8) -> Peer:
     module = FlamingoPytorchBlock(dim=dim, dim_head=HEAD_DIM, heads=heads)
     ours = _paper_block(dim=dim, media_dim=dim, heads=heads)
     _randomize(module)
-    ours.load_state_dict(_from_open_flamingo(module.state_dict()))
+    ours.load_state_dict(_from_open_flamingo(module.state_dict()), assign=True)
 
     def for_layout(is_media: Tensor) -> Block:
         return lambda hidden_states, media: module(hidden_states, media, media_locations=is_media)
@@ -133,7 +137,7 @@ def idefics(*, dim: int, media_dim: int, hidden: int) -> Peer:
     )
     _randomize(module)
     gates = {"alpha_cross_attn": "gate.alpha", "alpha_dense": "gate_feed_forward.alpha"}
-    ours.load_state_dict(_from_transformers(module.state_dict(), gates))
+    ours.load_state_dict(_from_transformers(module.state_dict(), gates), assign=True)
 
     def for_layout(is_media: Tensor) -> Block:
         dtype = module.alpha_dense.dtype
@@ -185,7 +189,7 @@ def mllama(*, dim: int, hidden: int) -> Peer:
     )
     _randomize(module)
     gates = {"cross_attn_attn_gate": "gate.alpha", "cross_attn_mlp_gate": "gate_feed_forward.alpha"}
-    ours.load_state_dict(_from_transformers(module.state_dict(), gates))
+    ours.load_state_dict(_from_transformers(module.state_dict(), gates), assign=True)
 
     def for_layout(is_media: Tensor) -> Block:
         # The last axis is that of an image's tiles: one.
@@ -269,7 +273,7 @@ def _our_resampler(theirs: nn.Module, *, dim: int, depth: int) -> PerceiverResam
                 state[f"layers.{layer}.{_rename(rest, names)}"] = weight
             case _ if name != "media_pos_emb":
                 state[name] = weight
-    ours.load_state_dict(state)
+    ours.load_state_dict(state, assign=True)
     return ours
 
 
