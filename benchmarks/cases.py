@@ -72,7 +72,7 @@ def _as_tuple(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 # Outputs and gradients may differ by so much of their norm. bfloat16 is checked beside float32, not instead.
-_TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+_TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 5e-2}
 
 
 def check_equal(steps: Mapping[str, Step]) -> None:
@@ -82,7 +82,7 @@ def check_equal(steps: Mapping[str, Step]) -> None:
         steps: By name. Their first `trained` tensors should be what goes in; only as many are compared as all have.
 
     Raises:
-        AssertionError: If outputs or gradients differ by more than 1e-4 of their norm; in bfloat16, 5e-2.
+        AssertionError: If outputs or gradients differ by more than 1e-5 of their norm; in bfloat16, 5e-2.
     """
     (first, expected), *others = [(name, _everything(step)) for name, step in steps.items()]
     for name, found in others:
