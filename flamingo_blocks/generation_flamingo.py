@@ -59,7 +59,7 @@ class FlamingoGenerationMixin(GenerationMixin):
 
         To go on with a conversation, pass `cache` and `media_cache` to the first call, and to the next ones together
         with the whole text and the new media only. To go back first, crop `cache`: media whose `<image>` is no longer
-        in it are dropped.
+        in it are dropped. To go back to before the newest medium, begin with `MediaCache(keep_all=True)`.
 
         With `assistant_model`, another Flamingo or a language model drafts tokens: the former encodes the media itself,
         the latter sees the text alone. With `guidance_scale`, what is guided away from is the text without any media.
@@ -128,6 +128,7 @@ class FlamingoGenerationMixin(GenerationMixin):
         except BaseException:
             vars(media_cache).update(before)  # a call that failed has not happened
             raise
+        media_cache.drop_unseen()
         if (self._option(kwargs, "num_beams") or 1) > 1:
             media_cache.close("a beam search")
         return output

@@ -359,9 +359,9 @@ class FlamingoForConditionalGeneration(FlamingoGenerationMixin, PreTrainedModel)
             config: Any = self.config if hasattr(self.config, "use_cache") else self.config.text_config
             use_cache = not self.training and bool(getattr(config, "use_cache", True))
         media: Tensor | Mapping[int, KeyValues]
-        num_media = None
+        num_media, in_order, is_new = None, False, True
         if media_cache is not None and media_ranges is not None and not has_media:  # the cache knows this text
-            media = media_cache.key_values
+            is_new = False
         else:
             is_image = self._is_image(text)
             if media_cache is not None and media_cache.rows and not has_media:
@@ -378,16 +378,19 @@ class FlamingoForConditionalGeneration(FlamingoGenerationMixin, PreTrainedModel)
                     media_ranges=media_ranges,
                     start=cached_length(cache) if cache is not None else None,
                 )
-                media, num_media = media_cache.key_values, None
+                num_media = None
             elif media_ranges is None:
                 media_ranges = media_mask.media_ranges(is_image, document_ids=document_ids, attend=self.config.attend)
+                in_order = self.config.attend != "all_previous"
             else:
                 num_media = None
+        if media_cache is not None:
+            media, media_ranges = media_cache.key_values, media_cache.over_held(media_ranges)
         rows, rows_of_ranges = text.shape[0], media_ranges.shape[0]
         if rows % rows_of_ranges:
             raise ValueError(f"media_ranges have {rows_of_ranges} rows, which must divide the text's, {rows}")
         rows_per_media = rows // rows_of_ranges
-        runs = MediaRuns.from_ranges(media_ranges.repeat(1, rows_per_media, 1), num_media=num_media)
+        runs = MediaRuns.from_ranges(media_ranges.repeat(1, rows_per_media, 1), num_media=num_media, in_order=in_order)
         arguments = {
             "attention_mask": attention_mask,
             "position_ids": position_ids,
@@ -398,6 +401,8 @@ class FlamingoForConditionalGeneration(FlamingoGenerationMixin, PreTrainedModel)
         }
         with self.injector.scope(media, runs, rows_per_media=rows_per_media):
             output = self._run_language_model(input_ids, text, arguments | kwargs)
+        if media_cache is not None and is_new:
+            media_cache.drop_unseen()
         logits = output.logits
         if isinstance(logits_to_keep, int) and 0 < logits_to_keep < logits.shape[1]:
             logits = logits[:, -logits_to_keep:]

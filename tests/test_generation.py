@@ -335,7 +335,7 @@ def test_media_follow_a_cache_that_is_cropped(by: str) -> None:
     """Back behind the second image of row 0, and on with another one for each row."""
     model, _ = make_flamingo()
     prompt, later = Prompt.make(model), Prompt.make(model, seed=1)
-    cache, media_cache = DynamicCache(), MediaCache()
+    cache, media_cache = DynamicCache(), MediaCache(keep_all=True)
     model.generate(**prompt.inputs, **LONG, cache=cache, media_cache=media_cache)
     length = cache.get_seq_length()
     cache.crop(4 - length)

@@ -10,7 +10,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from flamingo_blocks.blocks.attention import KeyValues, attend_to_media
+from flamingo_blocks.blocks.attention import Algorithm, KeyValues, attend_to_media
 from flamingo_blocks.blocks.feed_forward import FeedForward
 from flamingo_blocks.blocks.media_mask import MediaRuns
 
@@ -58,6 +58,7 @@ class GatedCrossAttentionBlock(nn.Module):
         feed_forward: Makes the feed-forward network for a width.
         gate_per_channel: One gate a channel instead of one a sub-layer.
         gate_init: Value of both gates' alpha at the start.
+        algorithm: To force an algorithm of attention by its name, see `choose_algorithm`. It can be set later, too.
 
     Raises:
         ValueError: If `heads` does not divide `dim` and no `head_dim` is given, or `kv_heads` does not divide `heads`.
@@ -90,6 +91,7 @@ class GatedCrossAttentionBlock(nn.Module):
         feed_forward: Callable[[int], nn.Module] = FeedForward,
         gate_per_channel: bool = False,
         gate_init: float = 0.0,
+        algorithm: Algorithm | None = None,
     ) -> None:
         super().__init__()
         if heads < 1 or (head_dim is None and dim % heads):
@@ -103,6 +105,7 @@ class GatedCrossAttentionBlock(nn.Module):
         self.heads = heads
         self.head_dim = head_dim
         self.kv_heads = kv_heads
+        self.algorithm = algorithm
         gate_dim = dim if gate_per_channel else None
         self.norm = norm(dim)
         self.to_q = nn.Linear(dim, heads * head_dim, bias=False)
@@ -160,7 +163,7 @@ class GatedCrossAttentionBlock(nn.Module):
         if not isinstance(media, KeyValues):
             media = self.project_media(media)
         queries = self.to_q(self.norm(hidden_states.to(self._dtype))).unflatten(-1, (self.heads, self.head_dim))
-        attention = attend_to_media(self.q_norm(queries), media, runs).flatten(2)
+        attention = attend_to_media(self.q_norm(queries), media, runs, algorithm=self.algorithm).flatten(2)
         hidden_states = hidden_states + self.gate(self.to_out(attention)).to(hidden_states.dtype)
         update = self.feed_forward(self.norm_feed_forward(hidden_states.to(self._dtype)))
         return hidden_states + self.gate_feed_forward(update).to(hidden_states.dtype)
