@@ -58,6 +58,7 @@ from flamingo_blocks.generation_flamingo import FlamingoGenerationMixin, cached_
 from flamingo_blocks.injection import LMLayerInjector
 from flamingo_blocks.language import find_decoder_layers, find_hidden_size, ordinary_token
 from flamingo_blocks.media_cache import MediaCache
+from flamingo_blocks.media_encoding import encode_distinct
 from flamingo_blocks.new_tokens import NewTokens
 from flamingo_blocks.vision import VisionEncoder
 
@@ -248,45 +249,41 @@ class FlamingoForConditionalGeneration(FlamingoGenerationMixin, PreTrainedModel)
         *,
         vision_features: Float[Tensor, "batch media frames patches vision_dim"] | None = None,
     ) -> Float[Tensor, "batch media latents media_dim"]:
-        """Encode images and videos into latents. Padding frames are not encoded.
+        """Encode images and videos into latents: equal ones once, and padding not at all.
 
         Args:
             pixel_values: Normalised images; an image is a video of one frame.
-            num_frames: How many frames of each medium are real; 0 for padding media, which come last in their row.
-                None: all frames of all media.
+            num_frames: How many frames of each medium are real; 0 for padding media, which come last in their row and
+                have latents of zeros. None: all frames of all media.
             vision_features: Instead of pixels, what the vision encoder made of them earlier.
 
         Raises:
             ValueError: If shapes are wrong, or `num_frames` says what cannot be.
         """
-        if pixel_values is not None and vision_features is None:
-            vision_features = self._encode_frames(pixel_values, num_frames)
-        elif pixel_values is not None or vision_features is None:
+        media = pixel_values if vision_features is None else vision_features
+        if media is None or (pixel_values is not None and vision_features is not None):
             raise ValueError("give either pixel_values or vision_features")
-        elif num_frames is not None:
-            _check_num_frames(num_frames, vision_features)
-        return self.resampler(vision_features, num_frames)
-
-    def _encode_frames(self, pixel_values: Tensor, num_frames: Tensor | None) -> Tensor:
-        if pixel_values.ndim != 6:
+        if pixel_values is not None and pixel_values.ndim != 6:
             raise ValueError(
                 "pixel_values must have shape (batch, media, frames, channels, height, width), got "
                 f"{tuple(pixel_values.shape)}; an image is one frame"
             )
-        shape = pixel_values.shape[:3]
-        images = pixel_values.flatten(0, 2)
-        if num_frames is None or torch.compiler.is_compiling():
-            return self.vision_encoder(images).unflatten(0, shape)
-        _check_num_frames(num_frames, pixel_values)
-        is_real = torch.arange(shape[2], device=num_frames.device) < num_frames[..., None]
-        index = is_real.flatten().nonzero().squeeze(-1).to(images.device)
-        dtype = next(self.vision_encoder.backbone.parameters(), images).dtype
-        patches, vision_dim = self.vision_encoder.layout.patches, self.vision_encoder.vision_dim
-        features = images.new_zeros(len(images), patches, vision_dim, dtype=dtype)
-        if len(index):
-            real = self.vision_encoder(images[index])
-            features = features.to(real.dtype).index_copy(0, index, real)
-        return features.unflatten(0, shape)
+        encode_frames: Any = nn.Identity() if pixel_values is None else self.vision_encoder
+        if num_frames is not None:
+            _check_num_frames(num_frames, media)
+        if torch.compiler.is_compiling():  # which needs static shapes
+            return self.resampler(encode_frames(media.flatten(0, 2)).unflatten(0, media.shape[:3]), num_frames)
+        latents = encode_distinct(
+            media,
+            torch.full(media.shape[:2], media.shape[2]) if num_frames is None else num_frames,
+            encode_frames=encode_frames,
+            resample=self.resampler,
+            # Copies do not differ in the vision encoder while it is frozen; there is no dropout in a resampler.
+            find_copies=not media.requires_grad and (pixel_values is None or self.vision_encoder.is_frozen),
+        )
+        if latents is None:
+            return next(self.resampler.parameters()).new_zeros(*media.shape[:2], 1, self.resampler.dim)
+        return latents
 
     def forward(
         self,
@@ -485,10 +482,15 @@ class FlamingoForConditionalGeneration(FlamingoGenerationMixin, PreTrainedModel)
             raise ValueError(
                 f"the media have {frames.shape[0]} rows, but the text {batch}; give every row its own media"
             )
-        media = self.encode_media(pixel_values, num_frames, vision_features=vision_features)
         if num_frames is None:
-            return media, torch.full((batch,), frames.shape[1], device="cpu")
-        return media, (num_frames > 0).sum(1).cpu()
+            num_media = torch.full((batch,), frames.shape[1], device="cpu")
+        elif torch.compiler.is_compiling():
+            num_media = (num_frames > 0).sum(1).cpu()
+        else:
+            num_frames = num_frames.cpu()  # read once
+            num_media = (num_frames > 0).sum(1)
+        media = self.encode_media(pixel_values, num_frames, vision_features=vision_features)
+        return (media if torch.compiler.is_compiling() or num_media.any() else media[:, :0]), num_media
 
     # ------------------------------------------------------------ what transformers asks of a model
 

@@ -31,6 +31,7 @@ LAYERS = [
     "new_tokens",
     "optimization",
     "media_cache",
+    "media_encoding",
     "configuration_flamingo",
     "backbones",
     "adapter",
