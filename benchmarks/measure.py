@@ -6,20 +6,20 @@ results: `python -m benchmarks.attention` runs one of them, `make bench` all.
 """
 
 import json
+import operator
 import platform
 import statistics
 import sys
 import time
-import timeit
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from timeit import Timer
 from typing import Any
 
 import torch
-from torch.utils.benchmark.utils.timer import timer as synchronized
 
 RESULTS = Path(__file__).parents[1] / "docs" / "benchmarks"
 # Those whose versions are written beside the figures.
@@ -64,7 +64,7 @@ class Result:
         if not self.goal:
             return None
         sign, bound = self.goal.split()
-        return self.ratio >= float(bound) if sign == ">=" else self.ratio <= float(bound)
+        return {">": operator.gt, ">=": operator.ge, "<=": operator.le}[sign](self.ratio, float(bound))
 
 
 def medians(
@@ -80,15 +80,12 @@ def medians(
     Returns:
         Median seconds a call, by name.
     """
-    # Not the Timer of torch, which warms up by two calls more each time: too many where a call takes long.
-    is_alone = torch.get_num_threads() == 1 and not torch.accelerator.is_available()
-    clock = time.process_time if is_alone else synchronized
-    timers = {name: timeit.Timer(function, timer=clock) for name, function in alternatives.items()}
+    timers = {name: Timer(function, timer=_clock) for name, function in alternatives.items()}
     first = {}
     for name, timer in timers.items():
         first[name] = timer.timeit(1)
         if first[name] < 1:  # else being the first makes little difference
-            first[name] = timer.timeit(1)
+            first[name] = max(timer.timeit(1), 1e-9)
     # A round calls each function for about as long, and at least once.
     share = seconds / rounds / len(timers)
     calls = {name: max(1, round(share / duration)) for name, duration in first.items()}
@@ -100,6 +97,14 @@ def medians(
         for name in names[turn % len(names) :] + names[: turn % len(names)]:  # each goes first as often
             times[name].append(timers[name].timeit(calls[name]) / calls[name])
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _clock() -> float:
+    """Tell the time; on CPU that of this process, to which it does not matter who else uses the machine."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.process_time()
 
 
 def machine(device: str = "cpu") -> dict[str, str]:

@@ -64,7 +64,7 @@ def run() -> Iterator[Result]:
     Images begin as features of 256 patches, and are resampled. Embeddings are frozen in both, but for ours of the two
     new tokens.
     """
-    for images, text, goal in ((5, 256, ">= 1.1"), (32, 2048, ">= 1.8")):
+    for images, text, goal in ((5, 256, "> 1.1"), (32, 2048, "> 1.8")):
         ours, theirs = both()  # anew, since steps train them apart
         yield from compare(ours.train(), theirs.train(), images, text, goal)
 
