@@ -2,14 +2,15 @@
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+PEERS := $(VENV)/.peers
 # Tried in this order; name another one with: make demo PYTHON=/path/to/python
 PYTHON := python3 python3.11 python3.12 python3.13 python3.14 python
 
-# Tests run on several cores, each in a process of its own.
-PYTEST := -m pytest -n auto --maxprocesses=4 --dist=worksteal
+# Tests run on several cores, each in a process of its own; it is said why some are skipped.
+PYTEST := -m pytest -n auto --maxprocesses=4 --dist=worksteal -rs
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-seeds test test-slow test-long test-lower coverage mutants check format docs docs-serve clean
+.PHONY: help demo demo-seeds test test-slow test-long test-lower bench coverage mutants check format docs docs-serve clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -33,6 +34,9 @@ test-long: $(READY) ## Run the tests with 2,000 examples a law instead of 50, an
 
 test-lower: ## Run the tests, the slow ones too, with the oldest supported versions, in an environment of its own
 	@$(MAKE) --no-print-directory test test-slow VENV=.venv-lower CONSTRAINTS="-c tests/lower.txt"
+
+bench: $(PEERS) ## Measure against other implementations, half an hour on one core; writes docs/benchmarks
+	@$(BIN)/python -m benchmarks
 
 coverage: $(READY) ## Try every language model and every backbone, up to an hour, can be stopped; writes docs/coverage
 	@$(BIN)/python -m tests.coverage.language_models
@@ -79,4 +83,9 @@ $(READY): pyproject.toml
 	echo "Setting up $(VENV) with $$usable: once, a few minutes, about 6 GB (most of it torch)."; \
 	$$usable -m venv --without-pip $(VENV) && \
 	$$usable -m pip --python $(BIN)/python install --disable-pip-version-check $(CONSTRAINTS) -e '.[dev]'
+	@touch $@
+
+$(PEERS): $(READY) benchmarks/peers.txt
+	@python=$$($(BIN)/python -c 'import sys; print(sys._base_executable)') && \
+	$$python -m pip --python $(BIN)/python install --disable-pip-version-check --no-deps -r benchmarks/peers.txt
 	@touch $@
