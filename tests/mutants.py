@@ -1213,7 +1213,7 @@ MUTANTS = [
         MASK,
         "run.media_start == 0 and run.media_stop == num_media",
         "run.media_start == 0",
-        "tests/blocks/test_attention.py::test_every_algorithm_equals_the_loop_oracle_gradients_included",
+        "tests/blocks/test_attention.py::test_so_it_does_where_all_tokens_see_all_media_of_their_row_or_all_but_padding",
     ),
     Mutant(
         "runs that go back are not in order",

@@ -162,10 +162,11 @@ class GatedCrossAttentionBlock(nn.Module):
             )
         if not isinstance(media, KeyValues):
             media = self.project_media(media)
-        queries = self.to_q(self.norm(hidden_states.to(self._dtype))).unflatten(-1, (self.heads, self.head_dim))
+        dtype = self._dtype
+        queries = self.to_q(self.norm(hidden_states.to(dtype))).unflatten(-1, (self.heads, self.head_dim))
         attention = attend_to_media(self.q_norm(queries), media, runs, algorithm=self.algorithm).flatten(2)
         hidden_states = hidden_states + self.gate(self.to_out(attention)).to(hidden_states.dtype)
-        update = self.feed_forward(self.norm_feed_forward(hidden_states.to(self._dtype)))
+        update = self.feed_forward(self.norm_feed_forward(hidden_states.to(dtype)))
         return hidden_states + self.gate_feed_forward(update).to(hidden_states.dtype)
 
     @property

@@ -75,6 +75,17 @@ def check_algorithm(layout: Layout, seed: int, kv_heads: int, algorithm: Algorit
         )
 
 
+@given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 3), st.integers(0, 1), seeds, algorithms)
+def test_so_it_does_where_all_tokens_see_all_media_of_their_row_or_all_but_padding(
+    batch: int, text: int, media: int, padding: int, seed: int, algorithm: Algorithm
+) -> None:
+    queries = random_tensor(seed, batch, text, HEADS, HEAD_DIM)
+    keys, values = (random_tensor(seed + i, batch, media + padding, LATENTS, HEADS, HEAD_DIM) for i in (1, 2))
+    ranges = torch.tensor([0, media]).expand(batch, text, 2)
+    output = attend(queries, KeyValues(keys, values), MediaRuns.from_ranges(ranges), algorithm)
+    torch.testing.assert_close(output, reference.attend_to_media(queries, KeyValues(keys, values), ranges))
+
+
 @given(layouts(), seeds, algorithms)
 def test_a_token_depends_on_no_medium_outside_its_range(layout: Layout, seed: int, algorithm: Algorithm) -> None:
     queries, media = draw_inputs(layout, seed)
