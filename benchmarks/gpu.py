@@ -207,8 +207,7 @@ class _Decoder:
         lm: Any = LlamaForCausalLM(config)
         self.lm: Any = lm.to(media.device).eval()
         self.injector = LMLayerInjector(blocks).inject(lm.model.layers).to(media.device).eval() if blocks else None
-        last = media.shape[1] - 1
-        self.runs = MediaRuns.from_ranges(torch.tensor([[[last, last + 1]]], device=media.device))
+        self.runs = MediaRuns.from_ranges(torch.tensor([[[0, 1]]], device=media.device))
         self.media = media
         self.tokens = tokens
         self.token = torch.zeros(1, 1, dtype=torch.long, device=media.device)
@@ -221,7 +220,8 @@ class _Decoder:
         self.seen: Any = self.media
         if self.injector is not None and not isinstance(next(iter(self.injector.blocks.values())), _InPlace):
             with torch.no_grad():
-                self.seen = self.injector.project_media(self.media)  # once; OpenFlamingo's do it for each token
+                # Once, and of the newest medium alone; OpenFlamingo's do it for each token and all media.
+                self.seen = self.injector.project_media(self.media[:, -1:])
         self.decode(1)  # the cache allocates its tensors at the first token, which is not to be compiled
 
     def compile(self, dtype: torch.dtype) -> None:

@@ -159,16 +159,10 @@ def _varlen(
     segments = runs.segments(num_media)
     ends = F.pad(segments.length.flatten().cumsum(0), (1, 0)).int()
     media_ends = latents * torch.arange(batch * num_media + 1, device=queries.device, dtype=torch.int32)
-    output: Any = varlen.varlen_attn(
-        queries.flatten(0, 1),
-        media.keys.flatten(0, 2),
-        media.values.flatten(0, 2),
-        ends,
-        media_ends,
-        text,
-        latents,
-        enable_gqa=heads != kv_heads,
-    )
+    keys, values = media.keys.flatten(0, 2), media.values.flatten(0, 2)
+    if kv_heads != heads:  # older kernels want as many
+        keys, values = (x.repeat_interleave(heads // kv_heads, dim=1) for x in (keys, values))
+    output: Any = varlen.varlen_attn(queries.flatten(0, 1), keys, values, ends, media_ends, text, latents)
     return _clear(output.view_as(queries), segments)
 
 

@@ -18,10 +18,11 @@ LATENTS, HEADS, HEAD_DIM = 3, 4, 5
 
 
 def varlen_attn(
-    queries: Tensor, keys: Tensor, values: Tensor, ends: Tensor, media_ends: Tensor, *_: Any, enable_gqa: bool
+    queries: Tensor, keys: Tensor, values: Tensor, ends: Tensor, media_ends: Tensor, *longest: int
 ) -> Tensor:
     """What torch's kernel computes, which is for CUDA alone: one attention for each pair of segments."""
     assert ends.dtype == media_ends.dtype == torch.int32
+    assert all(e.diff().max() <= most for e, most in zip((ends, media_ends), longest, strict=True))
     segments = zip(
         *(tensor.split(e.diff().tolist()) for tensor, e in ((queries, ends), (keys, media_ends), (values, media_ends))),
         strict=True,
@@ -29,7 +30,7 @@ def varlen_attn(
     outputs = []
     for q, k, v in segments:
         q, k, v = (tensor.transpose(0, 1) for tensor in (q, k, v))
-        outputs.append(F.scaled_dot_product_attention(q, k, v, enable_gqa=enable_gqa))
+        outputs.append(F.scaled_dot_product_attention(q, k, v))
     return torch.cat(outputs, dim=1).transpose(0, 1)
 
 
