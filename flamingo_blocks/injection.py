@@ -5,6 +5,8 @@ Nothing here knows any model library; a decoder layer is a module that is called
 """
 
 import inspect
+import sys
+import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -137,6 +139,7 @@ class LMLayerInjector(nn.Module):
         self.gradient_checkpointing = False
         self._scopes = Scopes()
         self._handles: list[RemovableHandle] = []
+        self._with_own_forward: list[weakref.ref[nn.Module]] = []
 
     @property
     def layer_indices(self) -> tuple[int, ...]:
@@ -151,8 +154,7 @@ class LMLayerInjector(nn.Module):
     def inject(self, layers: nn.ModuleList | Sequence[nn.Module]) -> "LMLayerInjector":
         """Put the blocks in place.
 
-        From the first call on, torch.compile compares the hooks of modules (`skip_nnmodule_hook_guards = False` in its
-        configuration), and compiles anew where they differ. What it has compiled before is dropped.
+        Code that torch.compile has made of other language models of the class, or of this one before, is not run.
 
         Args:
             layers: All decoder layers of the language model, e.g. `lm.model.layers`, or what
@@ -177,11 +179,16 @@ class LMLayerInjector(nn.Module):
                 raise ValueError(
                     f"decoder layer {index} stands in the list more than once; shared layers cannot differ"
                 )
-        _let_the_compiler_see_hooks()
         hooks = {index: _BlockHook(self, index, *hidden_states_argument(layers[index])) for index in self.layer_indices}
         self._handles = [
             layers[index].register_forward_pre_hook(hook, with_kwargs=True) for index, hook in hooks.items()
         ]
+        # torch.compile shares code between modules of a class and does not look at their hooks. That a layer has a
+        # forward of its own, be it the same, it does see.
+        own = [layers[index] for index in self.layer_indices if "forward" not in vars(layers[index])]
+        for layer in own:
+            layer.forward = layer.forward
+        self._with_own_forward = [weakref.ref(layer) for layer in own]
         return self
 
     def eject(self) -> None:
@@ -194,7 +201,15 @@ class LMLayerInjector(nn.Module):
             raise ValueError("this injector is not in place; call inject() first")
         for handle in self._handles:
             handle.remove()
-        self._handles = []
+        for layer in (reference() for reference in self._with_own_forward):
+            if layer is not None:
+                del layer.forward
+        self._handles, self._with_own_forward = [], []
+        _forget_compiled_code()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy knows its blocks, but not the layers around which the original stands.
+        return {**vars(self), "_with_own_forward": []}
 
     def project_media(self, media: Float[Tensor, "batch media latents media_dim"]) -> dict[int, KeyValues]:
         """Project media for all blocks at once, for a `scope` that is entered again and again.
@@ -309,14 +324,6 @@ def hidden_states_argument(layer: nn.Module) -> tuple[int, str]:
     return names.index(name), name
 
 
-def _let_the_compiler_see_hooks() -> None:
-    """Let torch.compile compare the hooks of modules, which by default it takes to be always the same.
-
-    Else it runs code that it compiled for a language model without blocks on one of the same class that has them, and
-    the other way round.
-    """
-    from torch._dynamo import config  # not on top: it is slow
-
-    if config.skip_nnmodule_hook_guards:
-        config.skip_nnmodule_hook_guards = False
-        torch.compiler.reset()  # what was compiled so far does not compare
+def _forget_compiled_code() -> None:
+    if "torch._dynamo" in sys.modules:  # else nothing was compiled, and importing it is slow
+        torch.compiler.reset()

@@ -44,6 +44,7 @@ class MediaCache:
         self.key_values: dict[int, KeyValues] = {}
         self.num_media: Tensor | None = None
         self._num_held: Tensor | None = None  # how many of them each row still has; on the host
+        self._num_dropped: Tensor | None = None  # the others, beside the ranges; None: none
         self._keeps_newest = False  # alone, since no other can be seen
         self._positions: Tensor | None = None  # of the token of each medium that is held
         self._ranges: Tensor | None = None  # of the text announced last
@@ -85,7 +86,7 @@ class MediaCache:
             attend: What a token sees.
             document_ids: For packed documents; earlier text belongs to the document of the first token.
             media_ranges: Instead of all this, what each token sees, counted over all media of its row; then nothing is
-                known of `<image>` tokens, and no medium is dropped any more.
+                known of `<image>` tokens, and no medium is dropped until a call without them.
             start: Position of the new text's first token. None: behind all text so far.
 
         Returns:
@@ -119,8 +120,8 @@ class MediaCache:
         num_left = self._num_held if start >= end else self._count_before(start)
         num_dropped = self.num_media - self._num_held if start else torch.zeros_like(self.num_media)
         times = batch // self.rows
-        if media_ranges is not None:
-            _shift(media_ranges, -num_dropped.repeat_interleave(times))  # refused if it cannot be seen
+        if media_ranges is not None and num_dropped.any():
+            _without(media_ranges, num_dropped.repeat_interleave(times).to(media_ranges.device))  # refused if need be
         # Nothing can fail any more.
         self.num_media, self._num_held = num_dropped + num_left, num_left
         if times > 1:
@@ -132,7 +133,9 @@ class MediaCache:
             if document_ids is not None:
                 document_ids = torch.cat([document_ids[:, :1].expand_as(earlier), document_ids], dim=1)
             ranges = media_mask.media_ranges(locations, document_ids=document_ids, attend=attend)
-            media_ranges = _shift(ranges[:, earlier.shape[1] :], num_dropped.repeat_interleave(times))
+            media_ranges = ranges[:, earlier.shape[1] :]
+            if num_dropped.any():
+                media_ranges = _shift(media_ranges, num_dropped.repeat_interleave(times).to(media_ranges.device))
             places = torch.arange(start, start + media_locations.shape[1], device=media_locations.device)
             positions = places.where(media_locations, _NOWHERE).sort(dim=1).values
             self._keeps_newest = attend == "last" and not self.keep_all
@@ -141,6 +144,7 @@ class MediaCache:
             self._keeps_newest = False
         self._add_media(key_values, num_media, positions)
         self._ranges, self._start = media_ranges, start
+        self._note_dropped()
         return media_ranges
 
     def drop_unseen(self) -> None:
@@ -154,6 +158,14 @@ class MediaCache:
         }
         self._positions = _take(self._positions, newest)
         self._num_held = self._num_held.clamp(max=1)
+        self._note_dropped()
+
+    def _note_dropped(self) -> None:
+        assert self.num_media is not None
+        assert self._num_held is not None
+        assert self._ranges is not None
+        num_dropped = self.num_media - self._num_held
+        self._num_dropped = num_dropped.to(self._ranges.device) if num_dropped.any() else None
 
     def over_held(self, ranges: Int[Tensor, "batch text 2"]) -> Int[Tensor, "batch text 2"]:
         """Count ranges over the media that are held, as `key_values` has them, instead of over all of the row.
@@ -162,11 +174,9 @@ class MediaCache:
             ranges: What `update` or `ranges_at` gave, or other ranges over all media of a row.
 
         Raises:
-            ValueError: If media were dropped that are in the ranges.
+            ValueError: If media were dropped that are in the ranges (not checked under `torch.compile`).
         """
-        if self.num_media is None or self._num_held is None:
-            return ranges
-        return _shift(ranges, self._num_held - self.num_media)
+        return ranges if self._num_dropped is None else _without(ranges, self._num_dropped)
 
     def close(self, reason: str) -> None:
         """Let nothing be added any more, since the language model's cache does not hold the text that was returned.
@@ -249,11 +259,12 @@ def _first(size: int, count: Int[Tensor, " batch"]) -> Bool[Tensor, "batch size"
 
 
 def _shift(ranges: Int[Tensor, "batch text 2"], by: Int[Tensor, " batch"]) -> Int[Tensor, "batch text 2"]:
-    if not by.any():
-        return ranges
-    is_empty = ranges[..., :1] >= ranges[..., 1:]
-    ranges = (ranges + by.to(ranges.device)[:, None, None]).masked_fill(is_empty, 0)
-    if (ranges < 0).any():
+    return (ranges + by[:, None, None]).masked_fill(ranges[..., :1] >= ranges[..., 1:], 0)
+
+
+def _without(ranges: Int[Tensor, "batch text 2"], num_dropped: Int[Tensor, " batch"]) -> Int[Tensor, "batch text 2"]:
+    ranges = _shift(ranges, -num_dropped)
+    if not torch.compiler.is_compiling() and (ranges < 0).any():
         raise ValueError(
             "media_ranges name media that were dropped when newer ones came; begin with MediaCache(keep_all=True)"
         )

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 
 def encode_distinct(
@@ -15,40 +16,39 @@ def encode_distinct(
     num_frames: Int[Tensor, "batch media"],
     *,
     encode_frames: Callable[[Tensor], Tensor],
-    resample: Callable[[Tensor], Tensor],
+    resample: Callable[[Tensor, Tensor | None], Tensor],
     find_copies: bool = True,
-) -> Float[Tensor, "batch media latents dim"] | None:
+) -> Float[Tensor, "batch media latents dim"]:
     """Encode media, equal ones once.
+
+    Both functions are called exactly once, so that processes that hold parts of them keep in step, also one that has
+    nothing but padding: it encodes a frame of zeros.
 
     Args:
         media: Frames, or features of them.
         num_frames: How many frames of each medium are real; 0 for padding media.
         encode_frames: From real frames, side by side, to their features (frames, patches, vision_dim).
-        resample: From the features of media of one length, (1, media, frames, patches, vision_dim), to their latents,
-            (1, media, latents, dim).
+        resample: From features (1, media, frames, patches, vision_dim) and, where media differ in length, their numbers
+            of frames (1, media), to latents (1, media, latents, dim).
         find_copies: Look for equal media. It costs a sum over each frame, and a comparison of those whose sums are
             equal. Do not where copies are not encoded alike, as with dropout, or their gradients are asked for.
 
     Returns:
-        The latents, zero for padding media. None: there is nothing but padding.
+        The latents. Those of padding media are finite, and mean nothing.
     """
     batch, num_media = media.shape[:2]
     media, lengths = media.flatten(0, 1), num_frames.flatten().tolist()
     originals = _find_originals(media, lengths) if find_copies else range(len(lengths))
     chosen = [i for i, original in enumerate(originals) if original == i and lengths[i]]
-    if not chosen:
-        return None
-    features = encode_frames(torch.cat([media[i, : lengths[i]] for i in chosen]))
-    of_medium = dict(zip(chosen, features.split([lengths[i] for i in chosen]), strict=True))
-    latents: list[Tensor] = []
-    place: dict[int, int] = {}  # in the latents
-    for length in sorted({lengths[i] for i in chosen}):  # so that there is no padding to be masked
-        members = [i for i in chosen if lengths[i] == length]
-        place |= {i: len(place) + offset for offset, i in enumerate(members)}
-        latents.append(resample(torch.stack([of_medium[i] for i in members])[None])[0])
-    padding = torch.zeros_like(latents[0][:1])
-    index = [place[original] if lengths[original] else len(place) for original in originals]
-    return torch.cat([*latents, padding])[index].unflatten(0, (batch, num_media))
+    pieces = [media[i, : lengths[i]] for i in chosen] or [media.new_zeros(1, *media.shape[2:])]
+    features = encode_frames(torch.cat(pieces)).split([len(piece) for piece in pieces])
+    counts = None
+    if len({len(piece) for piece in pieces}) > 1:
+        counts = torch.tensor([[len(piece) for piece in pieces]], device=features[0].device)
+    latents = resample(pad_sequence(features, batch_first=True)[None], counts)[0]
+    place = {i: number for number, i in enumerate(chosen)}
+    index = [place.get(original, 0) for original in originals]
+    return latents[index].unflatten(0, (batch, num_media))
 
 
 def _find_originals(media: Float[Tensor, "media frames *shape"], lengths: list[int]) -> list[int]:

@@ -255,7 +255,7 @@ class FlamingoForConditionalGeneration(FlamingoGenerationMixin, PreTrainedModel)
         Args:
             pixel_values: Normalised images; an image is a video of one frame.
             num_frames: How many frames of each medium are real; 0 for padding media, which come last in their row and
-                have latents of zeros. None: all frames of all media.
+                whose latents mean nothing. None: all frames of all media.
             vision_features: Instead of pixels, what the vision encoder made of them earlier.
 
         Raises:
@@ -274,7 +274,7 @@ class FlamingoForConditionalGeneration(FlamingoGenerationMixin, PreTrainedModel)
             _check_num_frames(num_frames, media)
         if torch.compiler.is_compiling():  # which needs static shapes
             return self.resampler(encode_frames(media.flatten(0, 2)).unflatten(0, media.shape[:3]), num_frames)
-        latents = encode_distinct(
+        latents: Tensor = encode_distinct(
             media,
             torch.full(media.shape[:2], media.shape[2]) if num_frames is None else num_frames,
             encode_frames=encode_frames,
@@ -282,8 +282,6 @@ class FlamingoForConditionalGeneration(FlamingoGenerationMixin, PreTrainedModel)
             # Copies do not differ in the vision encoder while it is frozen; there is no dropout in a resampler.
             find_copies=not media.requires_grad and (pixel_values is None or self.vision_encoder.is_frozen),
         )
-        if latents is None:
-            return next(self.resampler.parameters()).new_zeros(*media.shape[:2], 1, self.resampler.dim)
         return latents
 
     def forward(
@@ -357,7 +355,8 @@ class FlamingoForConditionalGeneration(FlamingoGenerationMixin, PreTrainedModel)
             config: Any = self.config if hasattr(self.config, "use_cache") else self.config.text_config
             use_cache = not self.training and bool(getattr(config, "use_cache", True))
         media: Tensor | Mapping[int, KeyValues]
-        num_media, in_order, is_new = None, False, True
+        num_media, is_new = None, True
+        in_order = media_ranges is None and self.config.attend != "all_previous"
         if media_cache is not None and media_ranges is not None and not has_media:  # the cache knows this text
             is_new = False
         else:
@@ -380,7 +379,6 @@ class FlamingoForConditionalGeneration(FlamingoGenerationMixin, PreTrainedModel)
                 num_media = None
             elif media_ranges is None:
                 media_ranges = media_mask.media_ranges(is_image, document_ids=document_ids, attend=self.config.attend)
-                in_order = self.config.attend != "all_previous"
             else:
                 num_media = None
         if media_cache is not None:
@@ -389,7 +387,9 @@ class FlamingoForConditionalGeneration(FlamingoGenerationMixin, PreTrainedModel)
         if rows % rows_of_ranges:
             raise ValueError(f"media_ranges have {rows_of_ranges} rows, which must divide the text's, {rows}")
         rows_per_media = rows // rows_of_ranges
-        runs = MediaRuns.from_ranges(media_ranges.repeat(1, rows_per_media, 1), num_media=num_media, in_order=in_order)
+        runs = MediaRuns.from_ranges(
+            media_ranges.repeat(1, rows_per_media, 1), num_media=num_media, in_order=in_order and rows_per_media == 1
+        )
         arguments = {
             "attention_mask": attention_mask,
             "position_ids": position_ids,
@@ -477,9 +477,9 @@ class FlamingoForConditionalGeneration(FlamingoGenerationMixin, PreTrainedModel)
     ) -> tuple[Tensor, Tensor]:
         """Give latents, and the number of media of each row on the host; also where there are none."""
         frames = pixel_values if vision_features is None else vision_features
+        nothing = next(self.resampler.parameters()).new_zeros(batch, 0, 1, self.resampler.dim)
         if frames is None or frames.shape[1] == 0:
-            weight = next(self.resampler.parameters())
-            return weight.new_zeros(batch, 0, 1, self.resampler.dim), torch.zeros(batch, dtype=torch.long, device="cpu")
+            return nothing, torch.zeros(batch, dtype=torch.long, device="cpu")
         if frames.shape[0] != batch:  # not len(), which export would take for a constant
             raise ValueError(
                 f"the media have {frames.shape[0]} rows, but the text {batch}; give every row its own media"
@@ -491,8 +491,9 @@ class FlamingoForConditionalGeneration(FlamingoGenerationMixin, PreTrainedModel)
         else:
             num_frames = num_frames.cpu()  # read once
             num_media = (num_frames > 0).sum(1)
-        media = self.encode_media(pixel_values, num_frames, vision_features=vision_features)
-        return (media if torch.compiler.is_compiling() or num_media.any() else media[:, :0]), num_media
+            if not self.training and not num_media.any():
+                return nothing, num_media
+        return self.encode_media(pixel_values, num_frames, vision_features=vision_features), num_media
 
     # ------------------------------------------------------------ what transformers asks of a model
 
@@ -760,10 +761,11 @@ class FlamingoForConditionalGeneration(FlamingoGenerationMixin, PreTrainedModel)
     def _algorithm(self, *, text: int, media: int) -> str:
         """Name what the first block uses for one row with media at equal distances."""
         block: Any = next(iter(self.injector.blocks.values()))
-        queries = block.to_q.weight.new_empty(1, text, block.heads, block.head_dim, dtype=block.norm.weight.dtype)
+        queries = block.norm.weight.new_empty(1, text, block.heads, block.head_dim)
         media_like = queries.new_empty(1, media, self.config.num_latents, block.kv_heads, block.head_dim)
-        index = torch.arange(text, device="cpu") * media // text
-        runs = MediaRuns.from_ranges(torch.stack([index, index + 1], dim=-1)[None])
+        is_image = torch.zeros(1, text, dtype=torch.bool, device="cpu")
+        is_image[:, torch.arange(media) * text // media] = True
+        runs = MediaRuns.from_ranges(media_mask.media_ranges(is_image, attend=self.config.attend))
         return str(block.algorithm or choose_algorithm(queries, KeyValues(media_like, media_like), runs))
 
 

@@ -1,6 +1,8 @@
 """torch.compile and torch.export: one graph, whatever the layout. The run-time shape checks would break both."""
 
+import copy
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +95,8 @@ def test_compiled_attention_in_tiles_equals_the_loop_gradients_included() -> Non
             torch.autograd.grad((found * weights).sum(), inputs),
             torch.autograd.grad((expected * weights).sum(), inputs),
         )
+    too_many = torch.arange(text)[None] <= media
+    assert torch.equal(run(*inputs, too_many).isnan().any(-1).any(-1), torch.arange(text)[None] >= media)
 
 
 def test_the_resampler_compiles_to_one_graph() -> None:
@@ -162,6 +166,33 @@ def test_compiled_code_of_one_lm_is_not_run_for_another_with_other_blocks() -> N
             for i in order:
                 expected = lms[i](input_ids, use_cache=False).logits
                 torch.testing.assert_close(compiled[i](input_ids, use_cache=False).logits, expected)
+
+
+def test_so_it_is_in_another_thread_and_for_copies() -> None:
+    """What torch.compile is configured to do holds in the thread that configures it."""
+    plain, seeing = make_lm("llama"), make_lm("llama")
+    injector = LMLayerInjector({0: make_block()}).inject(seeing.model.layers)
+    seeing, injector = copy.deepcopy((seeing, injector))
+    input_ids, media = torch.randint(3, VOCAB, (2, TEXT)), torch.randn(2, 2, LATENTS, MEDIA_DIM)
+    runs = MediaRuns.from_ranges(media_ranges(media_locations(0, 3)))
+
+    @torch.no_grad()
+    def differences() -> tuple[float, float]:
+        def logits(lm: Any) -> Tensor:
+            found: Tensor = lm(input_ids, use_cache=False).logits
+            return found
+
+        run: Any = torch.compile(logits, backend="eager")
+        base = run(plain)
+        with injector.scope(media, runs):
+            expected = seeing(input_ids, use_cache=False).logits
+            seen = float((run(seeing) - expected).abs().max())
+        injector.eject()
+        return seen, float((run(seeing) - base).abs().max())
+
+    with ThreadPoolExecutor(1) as thread:
+        seen, ejected = thread.submit(differences).result()
+    assert max(seen, ejected) < 1e-5
 
 
 def _layers(name: str) -> str:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from flamingo_blocks.blocks.media_mask import MediaRuns, MediaSegments, dense_media_mask
+from flamingo_blocks.blocks.media_mask import MediaRuns, dense_media_mask
 
 Algorithm = Literal["loop", "tiles", "varlen", "dense"]
 
@@ -56,11 +56,12 @@ def attend_to_media(
         raise ValueError(f"algorithm must be one of {', '.join(map(repr, _ALGORITHMS))}, got {algorithm!r}")
     if 0 in (*queries.shape, media.keys.shape[1]):
         return torch.zeros_like(queries)
-    dtype = queries.dtype
+    run, dtype = _ALGORITHMS[algorithm], queries.dtype
     if queries.device.type == "cpu" and dtype in _HALF and torch.is_grad_enabled():
         # The kernel's backward is by far slower in half precision than in float32, and less exact.
-        queries, media = queries.float(), KeyValues(media.keys.float(), media.values.float())
-    return _ALGORITHMS[algorithm](queries, media, runs).to(dtype)
+        with torch.autocast("cpu", enabled=False):
+            return run(queries.float(), KeyValues(media.keys.float(), media.values.float()), runs).to(dtype)
+    return run(queries, media, runs)
 
 
 def choose_algorithm(
@@ -73,20 +74,27 @@ def choose_algorithm(
     - `"tiles"`: tokens that see the same medium are gathered into tiles of equal length, if runs are in order. It needs
       no table, so its shapes are static: the choice under `torch.compile`, and wherever the first two are not.
     - `"dense"`: all tokens against all media under a mask. The reference; the choice where all tokens see all media,
-      so that no mask is needed; where there is so little to compute that a call per run would take longer; and where
-      runs are not in order and cannot be looped over.
+      so that no mask is needed; where there is so little to compute that a call per run would take longer; and, instead
+      of tiles, where there is one token or one medium, or runs are not in order.
     """
     num_media, latents = media.keys.shape[1:3]
     static = torch.compiler.is_compiling() or runs.table is None
     if not static and runs.sees_all(num_media):
         return "dense"
+    if not static and runs.media_stop == 0 and torch.is_grad_enabled():
+        return "dense"  # nobody sees anything: gradients are zero, not absent, as distributed training wants them
     if not static and queries.device.type == "cpu":
         multiply_adds = 2 * queries.numel() * num_media * latents
         return "dense" if multiply_adds < _MULTIPLY_ADDS_PER_CALL * len(runs.table or ()) else "loop"
     if not runs.in_order or queries.shape[1] == 1 or num_media == 1:
         return "dense"
-    has_kernel = queries.device.type == "cuda" and queries.dtype in _HALF and queries.shape[-1] in range(8, 257, 8)
-    return "varlen" if has_kernel and not static else "tiles"
+    return "tiles" if static or not _has_varlen_kernel(queries) else "varlen"
+
+
+def _has_varlen_kernel(queries: Tensor) -> bool:
+    if queries.device.type != "cuda" or queries.dtype not in _HALF or queries.shape[-1] not in range(8, 257, 8):
+        return False
+    return torch.backends.cuda.is_flash_attention_available() and torch.cuda.get_device_capability() >= (8, 0)
 
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -131,20 +139,20 @@ def _tiles(
     tiles = (length + _TILE - 1) // _TILE
     end_tile, end_token = tiles.cumsum(0), length.cumsum(0)
     first_tile, first_token = end_tile - tiles, end_token - length
-    # As many tiles as any layout may need. Tiles that are left over, and the rest of a medium's last tile, repeat some
-    # token; what comes out of them is not read.
+    own = segments.medium + num_media * torch.arange(batch, device=queries.device)[:, None]
+    # As many tiles as any layout may need. Those that are left over, and the rest of a medium's last tile, repeat a
+    # token with its own medium; what comes out of them is not read.
     tile = torch.arange(batch * (text // _TILE + num_media), device=queries.device)
-    medium = torch.searchsorted(end_tile, tile, right=True).clamp(max=batch * num_media - 1)
+    medium = torch.searchsorted(end_tile, tile, right=True).minimum(own[-1, -1])
     token = (first_token[medium] + (tile - first_tile[medium]) * _TILE)[:, None]
     token = (token + torch.arange(_TILE, device=queries.device)).minimum(end_token[medium, None] - 1)
     output = _attend(
-        queries.flatten(0, 1)[token],
+        segments.clear(queries).flatten(0, 1)[token],
         media.keys.flatten(0, 1)[medium],
         media.values.flatten(0, 1)[medium],
     )
-    own = segments.medium + num_media * torch.arange(batch, device=queries.device)[:, None]
     within = torch.arange(batch * text, device=queries.device).view(batch, text) - first_token[own]
-    return _clear(output.flatten(0, 1)[first_tile[own] * _TILE + within], segments)
+    return segments.clear(output.flatten(0, 1)[first_tile[own] * _TILE + within])
 
 
 def _varlen(
@@ -162,16 +170,15 @@ def _varlen(
     keys, values = media.keys.flatten(0, 2), media.values.flatten(0, 2)
     if kv_heads != heads:  # older kernels want as many
         keys, values = (x.repeat_interleave(heads // kv_heads, dim=1) for x in (keys, values))
-    output: Any = varlen.varlen_attn(queries.flatten(0, 1), keys, values, ends, media_ends, text, latents)
-    return _clear(output.view_as(queries), segments)
-
-
-def _clear(
-    output: Float[Tensor, "batch text heads head_dim"], segments: MediaSegments
-) -> Float[Tensor, "batch text heads head_dim"]:
-    """Zero what tokens got that see nothing."""
-    output = output.where(segments.sees_something[..., None, None], 0)
-    return output.where(~segments.is_wrong[..., None, None], torch.nan)
+    queries_in_a_row = segments.clear(queries).flatten(0, 1)
+    try:
+        output: Any = varlen.varlen_attn(queries_in_a_row, keys, values, ends, media_ends, text, latents)
+    except NotImplementedError as error:
+        raise ValueError(
+            'algorithm "varlen" needs half precision on a CUDA device, got '
+            f'{queries.dtype} on {queries.device.type}; use "loop", "tiles" or "dense"'
+        ) from error
+    return segments.clear(output.view_as(queries))
 
 
 def _dense(
@@ -189,7 +196,7 @@ def _dense(
     is_finite = (media.keys.isfinite() & media.values.isfinite()).flatten(2).all(-1)
     sees_nan = (mask & ~is_finite[:, None]).any(-1, keepdim=True)
     output = _attend(
-        queries,
+        queries.where(sees_something[..., None], 0),
         media.keys.where(is_finite[..., None, None, None], 0).flatten(1, 2),
         media.values.where(is_finite[..., None, None, None], 0).flatten(1, 2),
         (mask | ~sees_something).repeat_interleave(latents, dim=-1)[:, None],

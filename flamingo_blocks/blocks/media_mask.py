@@ -3,12 +3,12 @@
 Source: Alayrac et al. 2022 (Flamingo), section 2.3 and appendices A.1.3 and A.3.2.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, NamedTuple, get_args
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 Attend = Literal["last", "all_previous", "next"]
@@ -149,7 +149,6 @@ class MediaRuns:
     ranges: Int[Tensor, "batch text 2"]
     table: tuple[MediaRun, ...] | None
     in_order: bool = False
-    _segments: dict[int, "MediaSegments"] = field(default_factory=dict, repr=False)
 
     @classmethod
     def from_ranges(
@@ -167,8 +166,8 @@ class MediaRuns:
                 prompt: since every `<image>` token sees its own medium, a row in which the number of `<image>` tokens
                 differs from the number of media shows here. The check is skipped under `torch.compile`.
             in_order: For `torch.compile`, where it cannot be read from the ranges: say True where they follow the rule
-                `"last"` or `"next"`, and attention costs no more with more media. Tokens for which it is not true come
-                out as NaN. Elsewhere it is found out.
+                `"last"` or `"next"`, so that not all tokens are compared with all media. Tokens for which it is not
+                true come out as NaN. Elsewhere it is found out.
 
         Raises:
             ValueError: If a range is negative or backwards, if the shapes are wrong, if a row's `<image>` tokens
@@ -203,9 +202,11 @@ class MediaRuns:
         """Give the runs as segments of neighbouring tokens, one for each medium; they must be in order."""
         if torch.compiler.is_compiling():  # which finds by itself that layers do the same
             return _collect_segments(self.ranges, num_media)
-        if num_media not in self._segments:
-            self._segments[num_media] = _collect_segments(self.ranges, num_media)
-        return self._segments[num_media]
+        known: dict[int, MediaSegments] = vars(self).setdefault("_segments", {})
+        if num_media not in known:
+            with torch.inference_mode(False):  # they may serve in training, too
+                known[num_media] = _collect_segments(self.ranges, num_media)
+        return known[num_media]
 
     @cached_property
     def media_stop(self) -> int:
@@ -251,7 +252,7 @@ class MediaSegments(NamedTuple):
         medium: The medium of each token's segment.
         length: How many tokens the segment of each medium has.
         sees_something: False for tokens that see nothing.
-        is_wrong: True for tokens whose ranges are not in order.
+        is_wrong: True for tokens whose ranges are not in order, or name a medium that is not there.
     """
 
     medium: Int[Tensor, "batch text"]
@@ -259,13 +260,20 @@ class MediaSegments(NamedTuple):
     sees_something: Bool[Tensor, "batch text"]
     is_wrong: Bool[Tensor, "batch text"]
 
+    def clear(self, x: Float[Tensor, "batch text heads head_dim"]) -> Float[Tensor, "batch text heads head_dim"]:
+        """Set tokens that see nothing to zero, their gradients too, and those that are wrong to NaN."""
+        x = x.where(self.sees_something[..., None, None], 0)
+        return x.where(~self.is_wrong[..., None, None], torch.nan)
+
 
 def _collect_segments(ranges: Int[Tensor, "batch text 2"], num_media: int) -> MediaSegments:
     start, stop = ranges.unbind(-1)
     sees_something = start < stop
     medium = start.where(sees_something, 0).cummax(-1).values
+    is_wrong = sees_something & ((stop - start > 1) | (start < medium) | (stop > num_media))
+    medium = medium.clamp(max=num_media - 1)
     length = medium.new_zeros(ranges.shape[0], num_media).scatter_add(1, medium, torch.ones_like(medium))
-    return MediaSegments(medium, length, sees_something, sees_something & ((stop - start > 1) | (start < medium)))
+    return MediaSegments(medium, length, sees_something, is_wrong)
 
 
 def _check_ranges(ranges: Int[Tensor, "batch text 2"]) -> None:

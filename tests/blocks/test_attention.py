@@ -1,3 +1,4 @@
+import dataclasses
 from typing import Any, get_args
 from unittest import mock
 
@@ -185,6 +186,56 @@ def test_nan_of_a_medium_reaches_the_tokens_that_see_it_and_no_others(
     torch.testing.assert_close(after[~sees_it], before[~sees_it])
 
 
+@given(layouts(), seeds, algorithms)
+def test_nan_reaches_the_gradients_of_those_that_see_it_and_no_others(
+    layout: Layout, seed: int, algorithm: Algorithm
+) -> None:
+    """Of a medium, or of a token that sees nothing, such as padding."""
+    queries, media = draw_inputs(layout, seed)
+    start, stop = layout.ranges.unbind(-1)
+    changed = seed % layout.media
+    sees_it, sees_nothing = (start <= changed) & (changed < stop), start == stop
+    with torch.no_grad():
+        media.values[:, changed] = torch.nan
+        queries[sees_nothing] = torch.nan
+    output = attend(queries, media, layout.runs, algorithm)
+    inputs = queries, media.keys, media.values
+    if not output.requires_grad:
+        return
+    gradients = torch.autograd.grad(output.sum(), inputs, materialize_grads=True)
+    assert gradients[0][~sees_it].isfinite().all()
+    seen_with_it = torch.zeros(layout.batch, layout.media, dtype=torch.bool)
+    for row, token in sees_it.nonzero().tolist():
+        seen_with_it[row, start[row, token] : stop[row, token]] = True
+    seen_with_it[:, changed] = True
+    for gradient in gradients[1:]:
+        assert gradient[~seen_with_it].isfinite().all()
+
+
+@pytest.mark.parametrize("algorithm", ["loop", "tiles", "dense"])
+def test_autocast_does_not_undo_what_is_computed_in_float32(algorithm: Algorithm) -> None:
+    inputs = [random_tensor(i, *shape).bfloat16() for i, shape in enumerate([(1, 40, 2, 8), *[(1, 2, 16, 2, 8)] * 2])]
+    runs = MediaRuns.from_ranges(torch.tensor([[[0, 1]] * 20 + [[1, 2]] * 20]))
+    queries, *key_values = inputs
+    expected = attend_to_media(queries, KeyValues(*key_values), runs, algorithm=algorithm)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = attend_to_media(queries, KeyValues(*key_values), runs, algorithm=algorithm)
+    assert torch.equal(found, expected)
+
+
+def test_segments_serve_in_training_after_inference_and_belong_to_their_ranges() -> None:
+    queries, keys = torch.randn(1, 40, 2, 8, requires_grad=True), torch.randn(1, 3, 4, 2, 8)
+    runs = MediaRuns.from_ranges(torch.tensor([[[0, 1]] * 20 + [[1, 2]] * 20]))
+    media = KeyValues(keys, keys)
+    with torch.inference_mode():
+        expected = attend_to_media(queries, media, runs, algorithm="tiles")
+    attend_to_media(queries, media, runs, algorithm="tiles").sum().backward()
+    others = dataclasses.replace(runs, ranges=runs.ranges + 1, table=None)
+    found = attend_to_media(queries, media, others, algorithm="tiles")
+    assert not torch.allclose(found, expected)
+    torch.testing.assert_close(found, attend_to_media(queries, media, others, algorithm="dense"))
+
+
 @pytest.mark.parametrize("algorithm", get_args(Algorithm))
 def test_a_batch_without_tokens_gives_no_output(algorithm: Algorithm) -> None:
     media = torch.randn(2, 1, LATENTS, HEADS, HEAD_DIM)
@@ -309,6 +360,8 @@ def test_unknown_or_impossible_algorithms_are_refused() -> None:
         attend_to_media(queries, KeyValues(media, media), MediaRuns.from_ranges(ranges), algorithm="flash")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match='"loop" needs a run table'):
         attend_to_media(queries, KeyValues(media, media), MediaRuns(ranges, None), algorithm="loop")
+    with pytest.raises(ValueError, match=r'"varlen" needs half precision on a CUDA device, got torch\.float32 on cpu'):
+        attend_to_media(queries, KeyValues(media, media), MediaRuns(ranges, None, in_order=True), algorithm="varlen")
     for algorithm in ("tiles", "varlen"):
         with pytest.raises(ValueError, match=f'"{algorithm}" needs runs in order'):
             attend_to_media(queries, KeyValues(media, media), MediaRuns(ranges, None), algorithm=algorithm)
