@@ -186,7 +186,8 @@ def test_nan_of_a_medium_reaches_the_tokens_that_see_it_and_no_others(
     torch.testing.assert_close(after[~sees_it], before[~sees_it])
 
 
-@given(layouts(), seeds, algorithms)
+@pytest.mark.parametrize("algorithm", get_args(Algorithm))
+@given(layout=layouts(), seed=seeds)
 def test_nan_reaches_the_gradients_of_those_that_see_it_and_no_others(
     layout: Layout, seed: int, algorithm: Algorithm
 ) -> None:
@@ -272,6 +273,10 @@ def test_the_choice_elsewhere_needs_no_table() -> None:
     assert choose_algorithm(queries, KeyValues(keys, keys), MediaRuns(ranges, None, in_order=True)) == "tiles"
     assert choose_algorithm(queries, KeyValues(keys, keys), MediaRuns(ranges, None)) == "dense"
     assert choose_algorithm(queries.to("meta"), KeyValues(keys, keys), runs) == "tiles"
+    nothing = MediaRuns.from_ranges(torch.zeros_like(ranges))
+    assert choose_algorithm(queries, KeyValues(keys, keys), nothing) == "dense", "so that there are gradients, of zero"
+    with torch.no_grad():
+        assert choose_algorithm(queries, KeyValues(keys, keys), nothing) == "loop"
     out_of_order = MediaRuns.from_ranges(ranges.flip(1))
     assert choose_algorithm(queries.to("meta"), KeyValues(keys, keys), out_of_order) == "dense"
 
