@@ -197,6 +197,7 @@ def run() -> Iterator[Result]:
         yield from speed_ups(what, "OpenFlamingo", ours, theirs, goals=(">= 50", ">= 30"))
     yield from same_tokens(sizes, 1, 32, "<= 1.3")
     yield from same_tokens(sizes, 32, 256, "<= 1.5")
+    yield from one_call(sizes, 32, 256)
     for dtype, goals, floor_goals in (
         (torch.float32, (">= 5.5", ">= 4.3"), ("<= 1.07", "<= 1.15")),
         (torch.bfloat16, (">= 9", ">= 5"), ("<= 1.30", "<= 1.30")),
@@ -233,6 +234,32 @@ def same_tokens(
     what = f"attention core with its run table, {layout}, {replace(sizes, media=more)}"
     for direction, found in zip(("forward", "forward and backward"), time_both(steps, seconds=4), strict=True):
         yield Result.cost(f"{what}, {direction}", f"ours at M={fewer}", found[str(more)], found[str(fewer)], goal)
+
+
+def one_call(sizes: AttentionSizes, fewer: int, more: int) -> Iterator[Result]:
+    """Compare torch's attention with itself: all runs, of equal length, in one call, with nothing around it.
+
+    So much more do keys and values of more media cost by themselves.
+
+    Args:
+        sizes: What attention is given, but for the number of media.
+        fewer: Number of media.
+        more: Number of media.
+    """
+
+    def step(media: int) -> Step:
+        lengths = (sizes.text // media, LATENTS, LATENTS)
+        inputs = [
+            torch.randn(media, length, sizes.heads, HEAD_DIM, device=sizes.device, dtype=sizes.dtype).requires_grad_()
+            for length in lengths
+        ]
+        queries, keys, values = (x.transpose(1, 2) for x in inputs)
+        return Step(lambda: F.scaled_dot_product_attention(queries, keys, values), inputs)
+
+    steps = {str(media): step(media) for media in (fewer, more)}
+    what = f"torch's attention of {more} runs in one call, {replace(sizes, media=more)}"
+    for direction, found in zip(("forward", "forward and backward"), time_both(steps, seconds=4), strict=True):
+        yield Result.cost(f"{what}, {direction}", f"the same with M={fewer}", found[str(more)], found[str(fewer)])
 
 
 def over_floor(what: str, steps: ModuleSteps, goals: tuple[str, str]) -> Iterator[Result]:
