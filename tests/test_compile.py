@@ -72,7 +72,7 @@ def test_runs_built_beforehand_do_not_recompile_when_media_move() -> None:
 
 
 def test_compiled_attention_in_tiles_equals_the_loop_gradients_included() -> None:
-    """With inductor's own code, in float64, over more tokens than a tile has."""
+    """With inductor's own code, over more tokens than a tile has; in float32, since older versions mix up float64."""
     text, media = 80, 7
 
     def attention(queries: Tensor, keys: Tensor, values: Tensor, is_image: Tensor) -> Tensor:
@@ -84,13 +84,13 @@ def test_compiled_attention_in_tiles_equals_the_loop_gradients_included() -> Non
     for positions in ((0, 1, 40, 41, 75), (3, 79), tuple(range(7))):
         is_image = torch.zeros(1, text, dtype=torch.bool).index_fill(1, torch.tensor(positions), True)
         shapes = (1, text, 2, 5), (1, media, LATENTS, 2, 5), (1, media, LATENTS, 2, 5)
-        inputs = [random_tensor(i, *shape, requires_grad=True) for i, shape in enumerate(shapes)]
+        inputs = [random_tensor(i, *shape).float().requires_grad_() for i, shape in enumerate(shapes)]
         found = run(*inputs, is_image)
         queries, *key_values = inputs
         runs = MediaRuns.from_ranges(media_ranges(is_image))
         expected = attend_to_media(queries, KeyValues(*key_values), runs, algorithm="loop")
         torch.testing.assert_close(found, expected)
-        weights = random_tensor(9, *found.shape)
+        weights = random_tensor(9, *found.shape).float()
         torch.testing.assert_close(
             torch.autograd.grad((found * weights).sum(), inputs),
             torch.autograd.grad((expected * weights).sum(), inputs),

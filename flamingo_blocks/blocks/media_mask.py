@@ -262,8 +262,8 @@ class MediaSegments(NamedTuple):
 
     def clear(self, x: Float[Tensor, "batch text heads head_dim"]) -> Float[Tensor, "batch text heads head_dim"]:
         """Set tokens that see nothing to zero, their gradients too, and those that are wrong to NaN."""
-        x = x.where(self.sees_something[..., None, None], 0)
-        return x.where(~self.is_wrong[..., None, None], torch.nan)
+        x = x.masked_fill(~self.sees_something[..., None, None], 0)
+        return x.masked_fill(self.is_wrong[..., None, None], torch.nan)
 
 
 def _collect_segments(ranges: Int[Tensor, "batch text 2"], num_media: int) -> MediaSegments:
