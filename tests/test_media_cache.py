@@ -51,7 +51,8 @@ def test_text_in_pieces_sees_what_it_sees_in_one_piece(keep_all: bool, layout: L
     assert cache.num_media is not None
     assert torch.equal(cache.num_media, layout.num_media)
     if attend == "last" and not keep_all:
-        assert cache.key_values[0].keys.shape[1] == cache.key_values[2].values.shape[1] == 1
+        held = {cache.key_values[0].keys.shape[1], cache.key_values[2].values.shape[1]}
+        assert held == {1} if layout.num_media.any() else max(held) <= 1
     else:
         every = torch.stack([torch.zeros_like(layout.num_media), layout.num_media], dim=-1)[:, None]
         assert seen(cache, every) == numbers(every), "real media come first, in their order"
