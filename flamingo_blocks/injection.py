@@ -5,7 +5,6 @@ Nothing here knows any model library; a decoder layer is a module that is called
 """
 
 import inspect
-import sys
 import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -205,7 +204,6 @@ class LMLayerInjector(nn.Module):
             if layer is not None:
                 del layer.forward
         self._handles, self._with_own_forward = [], []
-        _forget_compiled_code()
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy knows its blocks, but not the layers around which the original stands.
@@ -322,8 +320,3 @@ def hidden_states_argument(layer: nn.Module) -> tuple[int, str]:
     names = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)] or ["hidden_states"]
     name = "hidden_states" if "hidden_states" in names else names[0]
     return names.index(name), name
-
-
-def _forget_compiled_code() -> None:
-    if "torch._dynamo" in sys.modules:  # else nothing was compiled, and importing it is slow
-        torch.compiler.reset()

@@ -187,8 +187,8 @@ def test_so_it_is_in_another_thread_and_for_copies() -> None:
         with injector.scope(media, runs):
             expected = seeing(input_ids, use_cache=False).logits
             seen = float((run(seeing) - expected).abs().max())
-        injector.eject()
-        return seen, float((run(seeing) - base).abs().max())
+            injector.eject()
+            return seen, float((run(seeing) - base).abs().max())
 
     with ThreadPoolExecutor(1) as thread:
         seen, ejected = thread.submit(differences).result()

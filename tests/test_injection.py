@@ -182,7 +182,8 @@ def test_inject_then_eject_restores_the_lm(name: str) -> None:
     def identity() -> list[object]:
         hooks = [dict(hooks) for m in lm.modules() for key, hooks in vars(m).items() if key.endswith("_hooks")]
         flags = [dict(flags) for m in lm.modules() for key, flags in vars(m).items() if "hooks_with" in key]
-        return [list(lm.state_dict()), [type(m) for m in lm.modules()], hooks, flags]
+        own = ["forward" in vars(m) for m in lm.modules()]
+        return [list(lm.state_dict()), [type(m) for m in lm.modules()], hooks, flags, own]
 
     base = outputs(lm, inputs)  # first: transformers adds hooks of its own when hidden states are asked for
     before = identity()
