@@ -64,11 +64,7 @@ def open_flamingo(*, dim: int, media_dim: int, heads: int = 8) -> Peer:
     ours = _paper_block(dim=dim, media_dim=media_dim, heads=heads)
     _randomize(module)
     ours.load_state_dict(_from_open_flamingo(module.state_dict()), assign=True)
-
-    def for_layout(is_media: Tensor) -> Block:
-        return lambda hidden_states, media: module(hidden_states, media, media_locations=is_media)
-
-    return Peer("OpenFlamingo", module, ours, for_layout)
+    return Peer("OpenFlamingo", module, ours, partial(_told_locations, module))
 
 
 def flamingo_pytorch(*, dim: int, heads: int = 8) -> Peer:
@@ -82,11 +78,11 @@ def flamingo_pytorch(*, dim: int, heads: int = 8) -> Peer:
     ours = _paper_block(dim=dim, media_dim=dim, heads=heads)
     _randomize(module)
     ours.load_state_dict(_from_open_flamingo(module.state_dict()), assign=True)
+    return Peer("flamingo-pytorch", module, ours, partial(_told_locations, module))
 
-    def for_layout(is_media: Tensor) -> Block:
-        return lambda hidden_states, media: module(hidden_states, media, media_locations=is_media)
 
-    return Peer("flamingo-pytorch", module, ours, for_layout)
+def _told_locations(module: nn.Module, is_media: Tensor) -> Block:
+    return lambda hidden_states, media: module(hidden_states, media, media_locations=is_media)
 
 
 def _paper_block(*, dim: int, media_dim: int, heads: int) -> GatedCrossAttentionBlock:
