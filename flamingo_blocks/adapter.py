@@ -275,6 +275,8 @@ def load_vision_encoder_of(
         source,
         image_size=None if size is None else (size[0], size[1]),
         channels=config.channels,
+        keep_prefix_tokens=config.keep_prefix_tokens,
+        final_norm=config.final_norm,
         dtype=dtype,
         revision=revision,
     )

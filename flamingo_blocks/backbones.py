@@ -122,6 +122,8 @@ def load_vision_encoder(
     *,
     image_size: int | tuple[int, int] | None = None,
     channels: int | None = None,
+    keep_prefix_tokens: bool = False,
+    final_norm: bool = True,
     dtype: torch.dtype | None = None,
     revision: str | None = None,
 ) -> tuple[VisionEncoder, FlamingoVisionConfig]:
@@ -132,6 +134,8 @@ def load_vision_encoder(
             weights, as timm saves for the hub); a model, which is not copied; or a configuration, for random weights.
         image_size: Height and width of the images. None: what the backbone was made for.
         channels: Of the images. None: 3, or those of the given encoder or configuration.
+        keep_prefix_tokens: As for `VisionEncoder`; a given encoder or configuration says so itself.
+        final_norm: As for `VisionEncoder`; a given encoder or configuration says so itself.
         dtype: None: as it is.
         revision: Of weights on the hub: a commit, tag or branch. None: the newest.
 
@@ -149,6 +153,7 @@ def load_vision_encoder(
         _check_agreement("channels", channels, vision_encoder.channels)
         _check_agreement("image_size", image_size, vision_encoder.image_size)
     channels = 3 if channels is None else channels
+    options: dict[str, Any] = {"channels": channels, "keep_prefix_tokens": keep_prefix_tokens, "final_norm": final_norm}
     if isinstance(vision_encoder, VisionEncoder):
         encoder = vision_encoder
     elif isinstance(vision_encoder, FlamingoVisionConfig):
@@ -172,11 +177,11 @@ def load_vision_encoder(
                 architecture,
                 pretrained=True,
                 image_size=image_size,
-                channels=channels,
                 model_args={**(model_args or {}), **weights},
+                **options,
             )
     elif isinstance(vision_encoder, nn.Module):
-        encoder = VisionEncoder(vision_encoder, image_size=image_size, channels=channels)
+        encoder = VisionEncoder(vision_encoder, image_size=image_size, **options)
     else:
         raise ValueError(
             "vision_encoder must be a name of timm, a path, a FlamingoVisionConfig or a timm model, got "
@@ -251,6 +256,8 @@ def _describe(encoder: VisionEncoder, model_args: dict[str, Any] | None) -> Flam
         model_args=model_args,
         image_size=list(encoder.image_size),
         channels=encoder.channels,
+        keep_prefix_tokens=encoder.keep_prefix_tokens,
+        final_norm=encoder.final_norm,
         output_dtype=None if encoder.output_dtype is None else dtype_name(encoder.output_dtype),
     )
     if architecture is not None:
@@ -286,6 +293,8 @@ def make_vision_encoder(vision: Any) -> VisionEncoder:
         vision.architecture,
         image_size=None if vision.image_size is None else (vision.image_size[0], vision.image_size[1]),
         channels=vision.channels,
+        keep_prefix_tokens=vision.keep_prefix_tokens,
+        final_norm=vision.final_norm,
         output_dtype=None if vision.output_dtype is None else getattr(torch, vision.output_dtype),
         model_args=vision.model_args,
     )

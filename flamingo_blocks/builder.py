@@ -24,6 +24,7 @@ from flamingo_blocks.configuration_flamingo import FlamingoConfig, FlamingoVisio
 from flamingo_blocks.injection import select_layers
 from flamingo_blocks.language import find_decoder_layers, find_residual_stream, ordinary_token
 from flamingo_blocks.modeling_flamingo import FlamingoForConditionalGeneration
+from flamingo_blocks.parts import Activation, Gating, Norm, Resampler
 from flamingo_blocks.processing_flamingo import FlamingoImageProcessor, FlamingoProcessor, special_token_id
 from flamingo_blocks.residual_stream import LAYOUTS
 
@@ -32,18 +33,25 @@ Part = Literal["language_model", "vision_encoder"]
 
 
 class FlamingoSizes(TypedDict, total=False):
-    """Sizes of the trained parts; see `FlamingoConfig`."""
+    """Sizes and kinds of the trained parts; see `FlamingoConfig`."""
 
     cross_attention_heads: int
     cross_attention_head_dim: int
     cross_attention_kv_heads: int
     cross_attention_hidden: int
+    cross_attention_activation: Activation
+    cross_attention_norm: Norm
+    cross_attention_norm_eps: float
+    cross_attention_qk_norm: bool
+    feed_forward_without_media: bool
     gate_init: float
     resampler_dim: int
     resampler_depth: int
     resampler_heads: int
     resampler_head_dim: int
     resampler_hidden: int
+    resampler_activation: Activation
+    resampler_qk_norm: bool
     num_latents: int
     max_frames: int
 
@@ -56,9 +64,9 @@ def build_flamingo(
     cross_attention_every: int = 1,
     layers: Sequence[int] | Literal["middle"] | None = None,
     decoder_layers: str | None = None,
-    resampler: Literal["perceiver", "mlp", "transformer", "mean_pool"] = "perceiver",
+    resampler: Resampler = "perceiver",
     attend: Attend = "last",
-    gating: Literal["tanh", "tanh_per_channel", "none"] = "tanh",
+    gating: Gating = "tanh",
     freeze: Collection[Part] = ("language_model", "vision_encoder"),
     image_size: int | tuple[int, int] | None = None,
     channels: int | None = None,
@@ -95,7 +103,7 @@ def build_flamingo(
         end_of_chunk_token: Ends what belongs to a medium; generation stops there.
         dtype: Of language model and vision encoder. None: as they are, or as their checkpoints. The paper: bfloat16.
         trained_dtype: Of resampler, blocks and new tokens. The paper: float32.
-        **sizes: Sizes of the trained parts, see `FlamingoConfig`, e.g. `num_latents=32`.
+        **sizes: Sizes and kinds of the trained parts, see `FlamingoConfig`, e.g. `num_latents=32`.
 
     Returns:
         The model, in eval mode, and its processor.

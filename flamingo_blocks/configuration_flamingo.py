@@ -9,6 +9,8 @@ from typing import Any, ClassVar, Literal, no_type_check
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
+from flamingo_blocks.blocks import Attend
+from flamingo_blocks.parts import Activation, Gating, Norm, Resampler
 from flamingo_blocks.residual_stream import StreamLayout
 
 # Types are checked by transformers' own strict dataclasses; jaxtyping's hook would break them.
@@ -47,6 +49,8 @@ class FlamingoVisionConfig(PreTrainedConfig):
         model_args: Further arguments of `timm.create_model`, e.g. `{"output_stride": 8}`.
         image_size: Height and width of the images. None: what the model was made for.
         channels: Of the images.
+        keep_prefix_tokens: Whether class and register tokens are kept, in front of the patches (IDEFICS).
+        final_norm: Whether tokens have passed the final norm. Not in OpenFlamingo.
         output_dtype: Of the tokens that the encoder gives. None: the backbone's.
         revision: Of its pretrained weights, whose name or path is `name_or_path`. None: they have none.
     """
@@ -58,6 +62,8 @@ class FlamingoVisionConfig(PreTrainedConfig):
     model_args: dict[str, Any] | None = None
     image_size: int | list[int] | tuple[int, ...] | None = None
     channels: int = 3
+    keep_prefix_tokens: bool = False
+    final_norm: bool = True
     output_dtype: str | None = None
     revision: str | None = None
 
@@ -96,19 +102,28 @@ class FlamingoConfig(PreTrainedConfig):
         cross_attention_head_dim: Width of a head. None: the language model's width / heads.
         cross_attention_kv_heads: Heads of keys and values. None: as many as heads.
         cross_attention_hidden: Width of a block's feed-forward network. None: 4 times the language model's width.
+        cross_attention_activation: Of that network: `"squared_relu"` (the paper), `"gelu"` (OpenFlamingo), `"relu"`, or
+            `"swiglu"` (IDEFICS, Llama-3.2-Vision), which has a third matrix.
+        cross_attention_norm: Kind of a block's norms: `"layer_norm"` or `"rms_norm"` (IDEFICS, Llama-3.2-Vision).
+        cross_attention_norm_eps: Added to the variance in them.
+        cross_attention_qk_norm: Whether a block normalises queries and keys, head by head.
+        feed_forward_without_media: Whether tokens that see no medium go through the blocks' feed-forward networks.
+            Not in Llama-3.2-Vision.
         gating: `"tanh"`: one tanh gate a sub-layer (the paper); `"tanh_per_channel"`: one a channel (IDEFICS);
             `"none"`: no gate (the paper's ablation, table 3, iii).
         gate_init: Alpha of the gates at the start. Only 0 starts as the language model.
         attend: Which media a token sees, see `flamingo_blocks.media_ranges`.
         resampler: `"perceiver"` (the paper), or what the paper compares it with: `"mlp"`, `"transformer"`; or
-            `"mean_pool"`.
+            `"mean_pool"`; or `"linear"`, a projection where widths differ (Llama-3.2-Vision).
         resampler_dim: Width of the latents. None: the vision encoder's.
         resampler_depth: Layers of a perceiver or transformer.
         resampler_heads: Their heads.
         resampler_head_dim: Width of a head of the perceiver. None: dim / heads, rounded down.
         resampler_hidden: Width of their feed-forward networks. None: 4 times their width.
+        resampler_activation: Of a perceiver's or MLP's feed-forward networks, as for the blocks.
+        resampler_qk_norm: Whether a perceiver normalises queries and keys, head by head.
         num_latents: Latents of a medium, for the perceiver.
-        max_frames: Number of learned temporal embeddings.
+        max_frames: Number of learned temporal embeddings. 0: frames are not told apart.
         freeze: Parts that are not trained: `"language_model"`, `"vision_encoder"`, both (the paper) or none.
         freeze_exceptions: Parameters that were frozen though in no such part, or trained though in one, when it was
             saved.
@@ -141,15 +156,22 @@ class FlamingoConfig(PreTrainedConfig):
     cross_attention_head_dim: int | None = None
     cross_attention_kv_heads: int | None = None
     cross_attention_hidden: int | None = None
-    gating: Literal["tanh", "tanh_per_channel", "none"] = "tanh"
+    cross_attention_activation: Activation = "squared_relu"
+    cross_attention_norm: Norm = "layer_norm"
+    cross_attention_norm_eps: float = 1e-5
+    cross_attention_qk_norm: bool = False
+    feed_forward_without_media: bool = True
+    gating: Gating = "tanh"
     gate_init: float | int = 0.0
-    attend: Literal["last", "all_previous", "next"] = "last"
-    resampler: Literal["perceiver", "mlp", "transformer", "mean_pool"] = "perceiver"
+    attend: Attend = "last"
+    resampler: Resampler = "perceiver"
     resampler_dim: int | None = None
     resampler_depth: int = 6
     resampler_heads: int = 16
     resampler_head_dim: int | None = None
     resampler_hidden: int | None = None
+    resampler_activation: Activation = "squared_relu"
+    resampler_qk_norm: bool = False
     num_latents: int = 64
     max_frames: int = 8
     freeze: list[Literal["language_model", "vision_encoder"]] | None = None

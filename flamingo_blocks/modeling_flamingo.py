@@ -41,16 +41,12 @@ from flamingo_blocks.backbones import (
     make_vision_encoder,
 )
 from flamingo_blocks.blocks import (
-    FeedForward,
     GatedCrossAttentionBlock,
     KeyValues,
-    MeanPoolResampler,
     MediaFeatures,
     MediaRuns,
-    MLPResampler,
     PerceiverResampler,
     TanhGate,
-    TransformerResampler,
     choose_algorithm,
     media_mask,
 )
@@ -61,6 +57,7 @@ from flamingo_blocks.language import find_decoder_layers, find_hidden_size, ordi
 from flamingo_blocks.media_cache import MediaCache
 from flamingo_blocks.media_encoding import encode_distinct
 from flamingo_blocks.new_tokens import NewTokens
+from flamingo_blocks.parts import make_block, make_resampler
 from flamingo_blocks.vision import VisionEncoder
 
 
@@ -123,7 +120,7 @@ class FlamingoForConditionalGeneration(FlamingoGenerationMixin, PreTrainedModel)
     # With device_map="auto", what adds to its own input stays in one piece, as do the language model's own layers.
     _no_split_modules = [  # noqa: RUF012
         *("VisionEncoder", "PerceiverResampler", "MLPResampler", "TransformerResampler", "MeanPoolResampler"),
-        *("GatedCrossAttentionBlock", "NewTokens"),
+        *("LinearResampler", "GatedCrossAttentionBlock", "NewTokens"),
     ]
     # What the language model supports is checked when it is made; this model adds no other attention of that kind.
     _supports_sdpa = True
@@ -477,7 +474,7 @@ class FlamingoForConditionalGeneration(FlamingoGenerationMixin, PreTrainedModel)
     ) -> tuple[Tensor, Tensor]:
         """Give latents, and the number of media of each row on the host; also where there are none."""
         frames = pixel_values if vision_features is None else vision_features
-        nothing = next(self.resampler.parameters()).new_zeros(batch, 0, 1, self.resampler.dim)
+        nothing = next(self.injector.parameters()).new_zeros(batch, 0, 1, self.resampler.dim)
         if frames is None or frames.shape[1] == 0:
             return nothing, torch.zeros(batch, dtype=torch.long, device="cpu")
         if frames.shape[0] != batch:  # not len(), which export would take for a constant
@@ -669,7 +666,9 @@ class FlamingoForConditionalGeneration(FlamingoGenerationMixin, PreTrainedModel)
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Initialise what a checkpoint lacks. `init` leaves alone what was loaded."""
-        if isinstance(module, nn.Linear | nn.LayerNorm | MediaFeatures | PerceiverResampler | TanhGate | NewTokens):
+        if isinstance(
+            module, nn.Linear | nn.LayerNorm | nn.RMSNorm | MediaFeatures | PerceiverResampler | TanhGate | NewTokens
+        ):
             module.reset_parameters()
         else:
             for parameter in module.parameters(recurse=False):
@@ -790,31 +789,19 @@ _NUM_ITEMS = "num_items_in_batch"
 
 
 def _make_resampler(config: FlamingoConfig, vision_dim: int) -> Any:
-    dim = config.resampler_dim or vision_dim
-    sizes: dict[str, Any] = {"dim": dim, "vision_dim": vision_dim, "max_frames": config.max_frames}
-    feed_forward = partial(FeedForward, hidden=config.resampler_hidden)
-    match config.resampler:
-        case "perceiver":
-            return PerceiverResampler(
-                **sizes,
-                depth=config.resampler_depth,
-                heads=config.resampler_heads,
-                head_dim=config.resampler_head_dim or max(1, dim // max(1, config.resampler_heads)),
-                latents=config.num_latents,
-                feed_forward=feed_forward,
-            )
-        case "mlp":
-            return MLPResampler(**sizes, feed_forward=feed_forward)
-        case "transformer":
-            return TransformerResampler(
-                **sizes,
-                depth=config.resampler_depth,
-                heads=config.resampler_heads,
-                hidden=config.resampler_hidden,
-            )
-        case "mean_pool":
-            return MeanPoolResampler(**sizes)
-    raise ValueError(f"resampler must be perceiver, mlp, transformer or mean_pool, got {config.resampler!r}")
+    return make_resampler(
+        config.resampler,
+        dim=config.resampler_dim or vision_dim,
+        vision_dim=vision_dim,
+        depth=config.resampler_depth,
+        heads=config.resampler_heads,
+        head_dim=config.resampler_head_dim,
+        hidden=config.resampler_hidden,
+        activation=config.resampler_activation,
+        qk_norm=config.resampler_qk_norm,
+        num_latents=config.num_latents,
+        max_frames=config.max_frames,
+    )
 
 
 def _make_block(config: FlamingoConfig, dim: int, media_dim: int) -> GatedCrossAttentionBlock:
@@ -825,20 +812,21 @@ def _make_block(config: FlamingoConfig, dim: int, media_dim: int) -> GatedCrossA
             heads = getattr(config.get_text_config(), "num_attention_heads", None)
         if not isinstance(heads, int) or heads < 1 or dim % heads:  # as in Mamba
             heads = max(1, dim // 64)
-    block = GatedCrossAttentionBlock(
+    return make_block(
         dim=dim,
         media_dim=media_dim,
         heads=heads,
         head_dim=config.cross_attention_head_dim,
         kv_heads=config.cross_attention_kv_heads,
-        feed_forward=partial(FeedForward, hidden=config.cross_attention_hidden),
-        gate_per_channel=config.gating == "tanh_per_channel",
+        hidden=config.cross_attention_hidden,
+        activation=config.cross_attention_activation,
+        norm=config.cross_attention_norm,
+        norm_eps=config.cross_attention_norm_eps,
+        qk_norm=config.cross_attention_qk_norm,
+        gating=config.gating,
         gate_init=float(config.gate_init),
+        feed_forward_without_media=config.feed_forward_without_media,
     )
-    if config.gating == "none":
-        gates: Any = block
-        gates.gate, gates.gate_feed_forward = nn.Identity(), nn.Identity()
-    return block
 
 
 def _dtype(name: str | None, lm: PreTrainedModel) -> torch.dtype:

@@ -9,7 +9,7 @@ import copy
 import math
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -73,6 +73,9 @@ class VisionEncoder(nn.Module):
             width), as they are or as the `last_hidden_state` of an output of transformers. None: it is a timm model,
             and its `forward_features` is examined.
         prefix_tokens: How many tokens stand before the patches, if `returns="tokens"`; e.g. 1 class token.
+        keep_prefix_tokens: Give class and register tokens, too, in front of the patches, as IDEFICS does.
+        final_norm: False: give tokens as they are before the final norm, as OpenFlamingo does; the backbone keeps its
+            `norm`, but does not apply it any more.
 
     Attributes:
         layout: What the backbone returns for such images.
@@ -81,7 +84,7 @@ class VisionEncoder(nn.Module):
 
     Raises:
         ValueError: If the backbone takes no images of this size, or does not return a grid of tokens, or not what
-            `returns` says.
+            `returns` says, or it has no final norm that could be left out.
 
     Example:
         ```python
@@ -108,6 +111,8 @@ class VisionEncoder(nn.Module):
         output_dtype: torch.dtype | None = None,
         returns: Returns | None = None,
         prefix_tokens: int = 0,
+        keep_prefix_tokens: bool = False,
+        final_norm: bool = True,
     ) -> None:
         super().__init__()
         name, native = type(backbone).__name__, _native_size(backbone)
@@ -124,9 +129,19 @@ class VisionEncoder(nn.Module):
             if returns is not None:
                 raise
             raise _name_sizes(error, name, size, native, layout_for) from error.__cause__
+        if keep_prefix_tokens:
+            tokens = self.layout.prefix_tokens + self.layout.patches
+            self.layout = replace(self.layout, prefix_tokens=0, patches=tokens, grid=None)
+        if not final_norm:
+            norm = getattr(backbone, "norm", None)
+            if not isinstance(norm, nn.Module):
+                raise ValueError(f"{name} has no final norm by the name of norm; leave out final_norm=False")
+            backbone.norm = norm if isinstance(norm, Unapplied) else Unapplied(norm)
         self.image_size = size
         self.channels = channels
         self.output_dtype = output_dtype
+        self.keep_prefix_tokens = keep_prefix_tokens
+        self.final_norm = final_norm
         # Typed as what it is to callers: backbones share methods but no class.
         self.backbone: Any = backbone
         self.freeze()
@@ -141,6 +156,8 @@ class VisionEncoder(nn.Module):
         channels: int = 3,
         output_dtype: torch.dtype | None = None,
         model_args: Mapping[str, Any] | None = None,
+        keep_prefix_tokens: bool = False,
+        final_norm: bool = True,
     ) -> "VisionEncoder":
         """Make the encoder from a timm model name, e.g. `"nfnet_f6"` or `"vit_base_patch16_clip_224.openai"`.
 
@@ -151,6 +168,8 @@ class VisionEncoder(nn.Module):
             channels: Of the images.
             output_dtype: Of the tokens; None: the backbone's.
             model_args: Further arguments of `timm.create_model`, e.g. `{"output_stride": 8}`.
+            keep_prefix_tokens: As for the constructor.
+            final_norm: As for the constructor.
 
         Raises:
             ValueError: As the constructor. Where the size is to blame, it names sizes that the model can be built for.
@@ -159,8 +178,14 @@ class VisionEncoder(nn.Module):
 
         arguments = {"num_classes": 0, "in_chans": channels, "pretrained": pretrained, **(model_args or {})}
         create = partial(timm.create_model, name, **arguments)
+        options: dict[str, Any] = {
+            "channels": channels,
+            "output_dtype": output_dtype,
+            "keep_prefix_tokens": keep_prefix_tokens,
+            "final_norm": final_norm,
+        }
         if image_size is None:
-            return cls(create(), channels=channels, output_dtype=output_dtype)
+            return cls(create(), **options)
         size = _pair(image_size)
 
         def layout_for(size: Size) -> TokenLayout:
@@ -177,7 +202,7 @@ class VisionEncoder(nn.Module):
             if native is None:
                 raise  # whatever is wrong, it is not the size
             raise _name_sizes(error, name, size, native, layout_for) from error.__cause__
-        return cls(backbone, image_size=size, channels=channels, output_dtype=output_dtype)
+        return cls(backbone, image_size=size, **options)
 
     @property
     def vision_dim(self) -> int:
@@ -221,6 +246,22 @@ class VisionEncoder(nn.Module):
         with torch.no_grad() if self.is_frozen else nullcontext():
             features = _run(self.backbone, self.layout.method, images.to(dtype))
         return self.layout.to_tokens(features).to(self.output_dtype or dtype)
+
+
+class Unapplied(nn.Module):
+    """Stand in the place of a module and keep its weights, so that checkpoints stay whole, but do nothing.
+
+    Args:
+        module: The module.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Float[Tensor, "*axes"]) -> Float[Tensor, "*axes"]:
+        """Return the input."""
+        return x
 
 
 def find_layout(

@@ -32,6 +32,7 @@ LAYERS = [
     "optimization",
     "media_cache",
     "media_encoding",
+    "parts",
     "configuration_flamingo",
     "backbones",
     "adapter",
@@ -42,6 +43,11 @@ LAYERS = [
     "processing_flamingo",
     "builder",
     "presets",
+    "convert",
+    "convert.renaming",
+    "convert.checkpoint",
+    "convert.clip_vision",
+    "convert.assembly",
     "",
 ]
 MAY_ALSO_IMPORT = {
@@ -57,6 +63,8 @@ MAY_ALSO_IMPORT = {
     "processing_flamingo": {"numpy", "PIL", "timm", "transformers"},
     "builder": {"timm", "transformers"},
     "presets": {"transformers"},
+    "convert.checkpoint": {"safetensors", "tqdm"},
+    "convert.assembly": {"transformers"},
 }
 
 
@@ -122,6 +130,7 @@ def test_the_public_names_are_these() -> None:
         "FeedForward",
         "GatedCrossAttentionBlock",
         "KeyValues",
+        "LinearResampler",
         "MLPResampler",
         "MeanPoolResampler",
         "MediaFeatures",

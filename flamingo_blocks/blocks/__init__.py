@@ -14,7 +14,12 @@ from flamingo_blocks.blocks.media_mask import (
     media_ranges,
 )
 from flamingo_blocks.blocks.perceiver_resampler import PerceiverLayer, PerceiverResampler
-from flamingo_blocks.blocks.resampler_baselines import MeanPoolResampler, MLPResampler, TransformerResampler
+from flamingo_blocks.blocks.resampler_baselines import (
+    LinearResampler,
+    MeanPoolResampler,
+    MLPResampler,
+    TransformerResampler,
+)
 
 __all__ = [
     "Algorithm",
@@ -23,6 +28,7 @@ __all__ = [
     "FeedForward",
     "GatedCrossAttentionBlock",
     "KeyValues",
+    "LinearResampler",
     "MLPResampler",
     "MeanPoolResampler",
     "MediaFeatures",

@@ -58,6 +58,8 @@ class GatedCrossAttentionBlock(nn.Module):
         feed_forward: Makes the feed-forward network for a width.
         gate_per_channel: One gate a channel instead of one a sub-layer.
         gate_init: Value of both gates' alpha at the start.
+        feed_forward_without_media: Whether tokens that see no medium go through the feed-forward. False leaves them as
+            they are.
         algorithm: To force an algorithm of attention by its name, see `choose_algorithm`. It can be set later, too.
 
     Raises:
@@ -91,6 +93,7 @@ class GatedCrossAttentionBlock(nn.Module):
         feed_forward: Callable[[int], nn.Module] = FeedForward,
         gate_per_channel: bool = False,
         gate_init: float = 0.0,
+        feed_forward_without_media: bool = True,
         algorithm: Algorithm | None = None,
     ) -> None:
         super().__init__()
@@ -105,6 +108,7 @@ class GatedCrossAttentionBlock(nn.Module):
         self.heads = heads
         self.head_dim = head_dim
         self.kv_heads = kv_heads
+        self.feed_forward_without_media = feed_forward_without_media
         self.algorithm = algorithm
         gate_dim = dim if gate_per_channel else None
         self.norm = norm(dim)
@@ -151,7 +155,8 @@ class GatedCrossAttentionBlock(nn.Module):
             hidden_states: The language model's residual stream. It may be of another dtype than this block (a
                 bfloat16 language model with float32 blocks): it keeps its own.
             media: The media's latents, or what `project_media` made of them.
-            runs: What each token sees. A token that sees nothing takes no attention, only the feed-forward.
+            runs: What each token sees. A token that sees nothing takes no attention, only the feed-forward, or not even
+                that, see `feed_forward_without_media`.
 
         Raises:
             ValueError: If a shape is wrong, or `runs` does not fit the other two.
@@ -167,7 +172,10 @@ class GatedCrossAttentionBlock(nn.Module):
         attention = attend_to_media(self.q_norm(queries), media, runs, algorithm=self.algorithm).flatten(2)
         hidden_states = hidden_states + self.gate(self.to_out(attention)).to(hidden_states.dtype)
         update = self.feed_forward(self.norm_feed_forward(hidden_states.to(dtype)))
-        return hidden_states + self.gate_feed_forward(update).to(hidden_states.dtype)
+        update = self.gate_feed_forward(update).to(hidden_states.dtype)
+        if not self.feed_forward_without_media:
+            update = update.where(runs.sees_something[..., None], 0)
+        return hidden_states + update
 
     @property
     def _dtype(self) -> torch.dtype:

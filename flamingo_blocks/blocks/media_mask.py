@@ -198,6 +198,11 @@ class MediaRuns:
             run.media_start == 0 and run.media_stop == num_media for run in self.table
         )
 
+    @property
+    def sees_something(self) -> Bool[Tensor, "batch text"]:
+        """Which tokens see any medium."""
+        return self.ranges[..., 0] < self.ranges[..., 1]
+
     def segments(self, num_media: int) -> "MediaSegments":
         """Give the runs as segments of neighbouring tokens, one for each medium; they must be in order."""
         if torch.compiler.is_compiling():  # which finds by itself that layers do the same

@@ -31,7 +31,9 @@ class PerceiverResampler(nn.Module):
         latents: Latent vectors a medium.
         feed_forward: Makes a layer's feed-forward network for a width.
         qk_norm: Makes a norm over head_dim for queries and for keys; none by default.
-        max_frames: Number of learned temporal embeddings. A longer video interpolates them linearly.
+        max_frames: Number of learned temporal embeddings. A longer video interpolates them linearly. 0: frames are not
+            told apart.
+        max_media: Number of learned embeddings of a medium's place among those of its row. 0, as in the paper: none.
 
     Raises:
         ValueError: If `heads` does not divide `dim` and no `head_dim` is given, or a size is not positive.
@@ -52,6 +54,7 @@ class PerceiverResampler(nn.Module):
         feed_forward: Callable[[int], nn.Module] = FeedForward,
         qk_norm: Callable[[int], nn.Module] | None = None,
         max_frames: int = 8,
+        max_media: int = 0,
     ) -> None:
         super().__init__()
         for name, size in (("depth", depth), ("heads", heads), ("latents", latents)):
@@ -59,7 +62,7 @@ class PerceiverResampler(nn.Module):
                 raise ValueError(f"{name} must be at least 1, got {size}")
         self.dim = dim
         self.vision_dim = dim if vision_dim is None else vision_dim
-        self.features = MediaFeatures(dim=dim, vision_dim=self.vision_dim, max_frames=max_frames)
+        self.features = MediaFeatures(dim=dim, vision_dim=self.vision_dim, max_frames=max_frames, max_media=max_media)
         if head_dim is None and dim % heads:
             raise ValueError(f"heads must divide dim={dim}, got {heads}; or give head_dim")
         head_dim = dim // heads if head_dim is None else head_dim
@@ -91,7 +94,7 @@ class PerceiverResampler(nn.Module):
         Raises:
             ValueError: If a shape is wrong.
         """
-        features, is_real = self.features(features, num_frames)
+        features, is_real = self.features(features.to(self.latents.dtype), num_frames)
         batch, media, _, patches, _ = features.shape
         mask = None
         if is_real is not None:

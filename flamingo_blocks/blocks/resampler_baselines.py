@@ -1,7 +1,7 @@
-"""What the paper compares its Perceiver Resampler with: an MLP and a Transformer; and the mean of the features.
+"""What the paper compares its Perceiver Resampler with, an MLP and a Transformer; also a mean, and a projection.
 
-Each takes what `PerceiverResampler` takes and gives what it gives, so that any of them can stand in its place. The
-first two give one latent a patch, so that their output, other than the resampler's, grows with the image.
+Each takes what `PerceiverResampler` takes and gives what it gives, so that any of them can stand in its place. All but
+the mean give one latent a patch, so that their output, other than the resampler's, grows with the image.
 
 Source: Alayrac et al. 2022 (Flamingo), table 3 (vi). The paper does not tell how its two baselines treat video; here
 each frame is processed and the real frames of a medium are averaged, patch by patch.
@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from flamingo_blocks.blocks.feed_forward import FeedForward, SquaredReLU
-from flamingo_blocks.blocks.media_features import MediaFeatures
+from flamingo_blocks.blocks.media_features import MediaFeatures, clear_padding
 
 
 class MeanPoolResampler(nn.Module):
@@ -23,7 +23,7 @@ class MeanPoolResampler(nn.Module):
     Args:
         dim: Width of the result.
         vision_dim: Width of the features; None: `dim`.
-        max_frames: Number of learned temporal embeddings.
+        max_frames: Number of learned temporal embeddings; 0: frames are not told apart.
     """
 
     def __init__(self, *, dim: int, vision_dim: int | None = None, max_frames: int = 8) -> None:
@@ -43,6 +43,33 @@ class MeanPoolResampler(nn.Module):
         return self.norm(_mean_over_frames(features, is_real).mean(dim=2, keepdim=True))
 
 
+class LinearResampler(nn.Module):
+    """Project each patch: one latent a patch, and nothing is learned where widths are equal.
+
+    Args:
+        dim: Width of the result.
+        vision_dim: Width of the features; where it differs from `dim` they are projected. None: `dim`.
+
+    Source: Llama-3.2-Vision; IDEFICS, with `use_resampler=False`, has no projection either.
+    """
+
+    def __init__(self, *, dim: int, vision_dim: int | None = None) -> None:
+        super().__init__()
+        self.dim = dim
+        self.vision_dim = dim if vision_dim is None else vision_dim
+        self.project = nn.Identity() if self.vision_dim == dim else nn.Linear(self.vision_dim, dim)
+
+    def forward(
+        self,
+        features: Float[Tensor, "batch media frames patches {self.vision_dim}"],
+        num_frames: Int[Tensor, "batch media"] | None = None,
+    ) -> Float[Tensor, "batch media latents {self.dim}"]:
+        """Average the frames, then project each patch; arguments as for `PerceiverResampler`."""
+        features, is_real = clear_padding(features, num_frames)
+        features = _mean_over_frames(features, is_real)
+        return self.project(features.to(next(self.parameters(), features).dtype))
+
+
 class MLPResampler(nn.Module):
     """Send each patch through a feed-forward network: one latent a patch.
 
@@ -50,7 +77,7 @@ class MLPResampler(nn.Module):
         dim: Width of the result.
         vision_dim: Width of the features; None: `dim`.
         feed_forward: Makes the network for a width.
-        max_frames: Number of learned temporal embeddings.
+        max_frames: Number of learned temporal embeddings; 0: frames are not told apart.
 
     Source: Alayrac et al. 2022, table 3 (vi).
     """
@@ -91,7 +118,7 @@ class TransformerResampler(nn.Module):
         depth: Number of layers.
         heads: Attention heads, a divisor of `dim`.
         hidden: Width of the feed-forward networks; 4 * `dim` by default.
-        max_frames: Number of learned temporal embeddings.
+        max_frames: Number of learned temporal embeddings; 0: frames are not told apart.
 
     Raises:
         ValueError: If `heads` does not divide `dim`, or a size is not positive.

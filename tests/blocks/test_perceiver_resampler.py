@@ -158,7 +158,7 @@ def test_nan_of_a_real_frame_is_passed_on() -> None:
         ({"heads": 0}, "heads must be at least 1, got 0"),
         ({"depth": 0}, "depth must be at least 1, got 0"),
         ({"latents": 0}, "latents must be at least 1, got 0"),
-        ({"max_frames": 0}, "max_frames must be at least 1, got 0"),
+        ({"max_frames": -1}, "max_frames must not be negative, got -1"),
     ],
 )
 def test_impossible_sizes_are_refused(options: dict[str, int], message: str) -> None:

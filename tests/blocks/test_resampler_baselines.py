@@ -82,7 +82,7 @@ def test_the_mean_is_that_of_the_projected_patches() -> None:
     [
         ({"heads": 3}, "heads must divide dim=8, got 3"),
         ({"heads": 2, "depth": 0}, "depth must be at least 1, got 0"),
-        ({"heads": 2, "max_frames": 0}, "max_frames must be at least 1, got 0"),
+        ({"heads": 2, "max_frames": -1}, "max_frames must not be negative, got -1"),
     ],
 )
 def test_impossible_sizes_are_refused(options: dict[str, int], message: str) -> None:

@@ -1,0 +1,135 @@
+"""Read released checkpoints: tensors by name, from files of several kinds, and configurations.
+
+Nothing in a file can run code: safetensors cannot hold any, and pickles are read with torch's `weights_only=True`.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from tqdm import tqdm
+
+Checkpoint = str | Path | Mapping[str, Tensor]
+
+# As transformers writes them: an index names the file of each tensor.
+_INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_FILES = ("model.safetensors", "pytorch_model.bin", "checkpoint.pt")
+# Under which training scripts put the model's tensors, beside those of their optimizer.
+_WITHIN = ("model_state_dict", "state_dict", "model")
+
+
+def read_tensors(checkpoint: Checkpoint, *, progress: bool = False) -> dict[str, Tensor]:
+    """Read the tensors of a checkpoint.
+
+    Args:
+        checkpoint: A file (`.safetensors`, or one of torch: `.pt`, `.pth`, `.bin`), an index of several
+            (`.index.json`), a directory that has such a file or index under one of its usual names, or the tensors
+            themselves.
+        progress: Show a bar for files that are read tensor by tensor.
+
+    Returns:
+        Tensors by name, on the CPU. A prefix `module.`, which distributed training puts before all names, is taken off.
+
+    Raises:
+        OSError: If there is no such file, or it is damaged.
+        ValueError: If it holds something else than tensors.
+    """
+    if isinstance(checkpoint, Mapping):
+        tensors = dict(checkpoint)
+    else:
+        path = _find_file(Path(checkpoint).expanduser())
+        files = sorted(set(_read_json(path)["weight_map"].values())) if path.suffix == ".json" else [path.name]
+        tensors = {}
+        for file in files:
+            tensors |= _read_file(path.parent / file, progress=progress)
+    wrong = [str(name) for name, value in tensors.items() if not (isinstance(name, str) and isinstance(value, Tensor))]
+    if wrong or not tensors:
+        raise ValueError(
+            f"a checkpoint must hold tensors by name, got something else: {', '.join(wrong[:5]) or 'nothing'}"
+        )
+    if all(name.startswith("module.") for name in tensors):
+        tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+    return tensors
+
+
+def read_config(config: Mapping[str, Any] | str | Path | None, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Read a configuration in the family's own form.
+
+    Args:
+        config: A mapping, a configuration of transformers, the path of its JSON, or of the directory where it is
+            `config.json`. None: the directory of the checkpoint.
+        checkpoint: Where the tensors come from.
+
+    Raises:
+        OSError: If there is no such file.
+        ValueError: If it is no configuration, or must be given.
+    """
+    if isinstance(config, Mapping):
+        return dict(config)
+    if config is not None and hasattr(config, "to_dict"):
+        return dict(config.to_dict())
+    if config is None:
+        if isinstance(checkpoint, Mapping):
+            raise ValueError("config must be given with tensors: a mapping, or the path of a JSON file")
+        directory = Path(checkpoint).expanduser()
+        config = directory if directory.is_dir() else directory.parent
+    path = Path(config).expanduser()
+    path = path / "config.json" if path.is_dir() else path
+    if not path.is_file():
+        raise OSError(f"there is no configuration {str(path)!r}; give config, a mapping or the path of a JSON file")
+    return _read_json(path)
+
+
+def _find_file(path: Path) -> Path:
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise OSError(f"there is no checkpoint {str(path)!r}; download it first, for instance with huggingface_hub")
+    for name in (*_INDICES, *_FILES):
+        if (path / name).is_file():
+            return path / name
+    others = sorted(file.name for file in path.iterdir() if file.suffix in (".safetensors", ".pt", ".pth", ".bin"))
+    if len(others) == 1:
+        return path / others[0]
+    raise OSError(
+        f"{str(path)!r} has no {', '.join(_FILES)}; name one of its files: {', '.join(others) or 'none there'}"
+    )
+
+
+def _read_file(path: Path, *, progress: bool) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise OSError(f"{str(path)!r}, which the index names, is not there; download all files of the checkpoint")
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                names = tqdm(file.keys(), desc=path.name, disable=not progress)
+                return {name: file.get_tensor(name) for name in names}
+        content: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+    except Exception as error:
+        raise OSError(f"{str(path)!r} cannot be read as a checkpoint of tensors: {error}") from error
+    for name in _WITHIN:
+        if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
+            content = content[name]
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{str(path)!r} must hold tensors by name, got a {type(content).__name__}")
+    return dict(content)
+
+
+def _is_zip(path: Path) -> bool:
+    """Files of torch before 1.6 are no zip archives, and cannot be mapped into memory."""
+    with path.open("rb") as file:
+        return file.read(2) == b"PK"
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise OSError(f"{str(path)!r} cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{str(path)!r} must hold an object, got a {type(content).__name__}")
+    return content

@@ -1,0 +1,189 @@
+"""Names of tensors in another implementation and here: one table, read in both directions."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Shapes = Mapping[str, Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Rename:
+    """Tensors under a prefix in another implementation, and where they are here.
+
+    A prefix is a whole name, or a name up to a dot: `"norm"` stands for `norm.weight` and `norm.bias`. On one of the
+    two sides there may be several prefixes; their tensors are then parts of the one on the other side, joined along
+    the first axis.
+
+    Attributes:
+        theirs: Prefix, or prefixes, in the other implementation. Several are equal parts.
+        ours: Prefix, or prefixes, here.
+        added_axes: So many leading axes of size one has the tensor here more than there; fewer, if negative.
+    """
+
+    theirs: str | tuple[str, ...]
+    ours: str | tuple[str, ...]
+    added_axes: int = 0
+
+    def under(self, theirs: str, ours: str) -> "Rename":
+        """The same within larger modules.
+
+        Args:
+            theirs: Prefix of the module there, with its dot.
+            ours: Prefix of the module here, with its dot.
+        """
+        return Rename(_with_prefix(self.theirs, theirs), _with_prefix(self.ours, ours), self.added_axes)
+
+
+def under(renames: Iterable[Rename], *, theirs: str, ours: str) -> list[Rename]:
+    """Put a table within larger modules.
+
+    Args:
+        renames: A table.
+        theirs: Prefix of the module there, with its dot; may be empty.
+        ours: Prefix of the module here, with its dot; may be empty.
+    """
+    return [rename.under(theirs, ours) for rename in renames]
+
+
+def to_ours(renames: Iterable[Rename], theirs: Mapping[str, Tensor], shapes: Shapes) -> dict[str, Tensor]:
+    """Rename the tensors of another implementation.
+
+    Args:
+        renames: The table.
+        theirs: Their tensors by name.
+        shapes: Shapes of the tensors here by name, of which there must be each.
+
+    Returns:
+        Our tensors by name.
+
+    Raises:
+        ValueError: If a tensor of theirs has no place here, one of ours is not there, or a shape is wrong. It lists
+            them.
+    """
+    renames = list(renames)
+    table = {prefix: rename for rename in renames for prefix in _as_tuple(rename.theirs)}
+    result: dict[str, Tensor] = {}
+    unused, missing = [], []
+    for name in theirs:
+        found = _find(table, name)
+        if found is None:
+            unused.append(name)
+            continue
+        prefix, rename = found
+        rest = name.removeprefix(prefix)
+        sources = [part + rest for part in _as_tuple(rename.theirs)]
+        targets = [part + rest for part in _as_tuple(rename.ours)]
+        if name != sources[0]:
+            if sources[0] not in theirs:
+                missing.append(sources[0])
+            continue
+        if absent := [source for source in sources if source not in theirs]:
+            missing += absent
+        elif unknown := [target for target in targets if target not in shapes]:
+            unused.append(f"{name} (which would be {', '.join(unknown)})")
+        else:
+            whole = theirs[name] if len(sources) == 1 else torch.cat([theirs[source] for source in sources])
+            whole = _add_axes(whole, rename.added_axes)
+            sizes = [shapes[target][0] for target in targets] if len(targets) > 1 else [len(whole)]
+            if sum(sizes) != len(whole):
+                raise ValueError(f"{name} must have {sum(sizes)} rows, got {len(whole)}")
+            parts = whole.split(sizes)
+            # Not as views: a checkpoint of ours cannot hold tensors that share memory.
+            result |= zip(targets, [part.clone() for part in parts] if len(parts) > 1 else parts, strict=True)
+    missing += [f"{name} here" for name in shapes if name not in result]
+    if unused or missing:
+        raise ValueError(_complaint(unused, missing))
+    wrong = [
+        f"{name}: {tuple(tensor.shape)} instead of {tuple(shapes[name])}"
+        for name, tensor in result.items()
+        if tuple(tensor.shape) != tuple(shapes[name])
+    ]
+    if wrong:
+        raise ValueError(f"tensors have other shapes than the configuration says: {_list(wrong)}")
+    return result
+
+
+def to_theirs(renames: Iterable[Rename], ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Give our tensors the names that they have in another implementation.
+
+    Args:
+        renames: The table.
+        ours: Our tensors by name.
+
+    Returns:
+        Their tensors by name. None of them shares its memory with ours in parts.
+
+    Raises:
+        ValueError: If a tensor of ours has no place there. It lists them.
+    """
+    renames = list(renames)
+    table = {prefix: rename for rename in renames for prefix in _as_tuple(rename.ours)}
+    result: dict[str, Tensor] = {}
+    unused, missing = [], []
+    for name in ours:
+        found = _find(table, name)
+        if found is None:
+            unused.append(name)
+            continue
+        prefix, rename = found
+        rest = name.removeprefix(prefix)
+        sources = [part + rest for part in _as_tuple(rename.ours)]
+        targets = [part + rest for part in _as_tuple(rename.theirs)]
+        if name != sources[0]:
+            if sources[0] not in ours:
+                missing.append(sources[0])
+            continue
+        if absent := [source for source in sources if source not in ours]:
+            missing += absent
+            continue
+        whole = ours[name] if len(sources) == 1 else torch.cat([ours[source] for source in sources])
+        parts = [part.clone() for part in whole.chunk(len(targets))] if len(targets) > 1 else [whole]
+        result |= {target: _add_axes(part, -rename.added_axes) for target, part in zip(targets, parts, strict=True)}
+    if unused or missing:
+        raise ValueError(_complaint(unused, missing))
+    return result
+
+
+def _with_prefix(names: str | tuple[str, ...], prefix: str) -> str | tuple[str, ...]:
+    return prefix + names if isinstance(names, str) else tuple(prefix + name for name in names)
+
+
+def _as_tuple(names: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else names
+
+
+def _find(table: Mapping[str, Rename], name: str) -> tuple[str, Rename] | None:
+    """Find the longest prefix of a name that stands in a table."""
+    prefix = name
+    while prefix not in table:
+        prefix, dot, _ = prefix.rpartition(".")
+        if not dot:
+            return None
+    return prefix, table[prefix]
+
+
+def _add_axes(tensor: Tensor, axes: int) -> Tensor:
+    for _ in range(axes):
+        tensor = tensor[None]
+    for _ in range(-axes):
+        if tensor.ndim == 0 or tensor.shape[0] != 1:
+            raise ValueError(f"a tensor must begin with {-axes} axes of size one, got shape {tuple(tensor.shape)}")
+        tensor = tensor[0]
+    return tensor
+
+
+def _complaint(unused: Sequence[str], missing: Sequence[str]) -> str:
+    parts = []
+    if unused:
+        parts.append(f"these tensors have no place: {_list(unused)}")
+    if missing:
+        parts.append(f"these tensors are missing: {_list(missing)}")
+    return "the checkpoint and the configuration do not fit together: " + "; ".join(parts)
+
+
+def _list(names: Sequence[str]) -> str:
+    shown = ", ".join(sorted(names)[:20])
+    return shown if len(names) <= 20 else f"{shown}, and {len(names) - 20} more"
