@@ -75,9 +75,9 @@ def transformers_clip(layers: int, *, theirs: str) -> list[Rename]:
         theirs: Prefix of the module there, with its dot.
     """
     renames = [
-        Rename("embeddings.class_embedding", "cls_token", added_axes=2),
+        Rename("embeddings.class_embedding", "cls_token", "dim -> 1 1 dim"),
         Rename("embeddings.patch_embedding", "patch_embed.proj"),
-        Rename("embeddings.position_embedding.weight", "pos_embed", added_axes=1),
+        Rename("embeddings.position_embedding.weight", "pos_embed", "tokens dim -> 1 tokens dim"),
         Rename("pre_layrnorm", "norm_pre"),
         Rename("post_layernorm", "norm.module"),
     ]
@@ -102,9 +102,9 @@ def open_clip(layers: int, *, theirs: str) -> list[Rename]:
         theirs: Prefix of the module there, with its dot.
     """
     renames = [
-        Rename("class_embedding", "cls_token", added_axes=2),
+        Rename("class_embedding", "cls_token", "dim -> 1 1 dim"),
         Rename("conv1", "patch_embed.proj"),
-        Rename("positional_embedding", "pos_embed", added_axes=1),
+        Rename("positional_embedding", "pos_embed", "tokens dim -> 1 tokens dim"),
         Rename("ln_pre", "norm_pre"),
         Rename("ln_post", "norm.module"),
     ]

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from einops import EinopsError, rearrange
 from torch import Tensor
 
 Shapes = Mapping[str, Sequence[int]]
@@ -20,12 +21,13 @@ class Rename:
     Attributes:
         theirs: Prefix, or prefixes, in the other implementation. Several are equal parts.
         ours: Prefix, or prefixes, here.
-        added_axes: So many leading axes of size one has the tensor here more than there; fewer, if negative.
+        axes: Where axes of size one differ: the axes there and here, as einops writes them, e.g.
+            `"frames 1 dim -> frames dim"`.
     """
 
     theirs: str | tuple[str, ...]
     ours: str | tuple[str, ...]
-    added_axes: int = 0
+    axes: str = ""
 
     def under(self, theirs: str, ours: str) -> "Rename":
         """The same within larger modules.
@@ -34,7 +36,7 @@ class Rename:
             theirs: Prefix of the module there, with its dot.
             ours: Prefix of the module here, with its dot.
         """
-        return Rename(_with_prefix(self.theirs, theirs), _with_prefix(self.ours, ours), self.added_axes)
+        return Rename(_with_prefix(self.theirs, theirs), _with_prefix(self.ours, ours), self.axes)
 
 
 def under(renames: Iterable[Rename], *, theirs: str, ours: str) -> list[Rename]:
@@ -86,7 +88,7 @@ def to_ours(renames: Iterable[Rename], theirs: Mapping[str, Tensor], shapes: Sha
             unused.append(f"{name} (which would be {', '.join(unknown)})")
         else:
             whole = theirs[name] if len(sources) == 1 else torch.cat([theirs[source] for source in sources])
-            whole = _add_axes(whole, rename.added_axes)
+            whole = _rearrange(name, whole, rename.axes)
             sizes = [shapes[target][0] for target in targets] if len(targets) > 1 else [len(whole)]
             if sum(sizes) != len(whole):
                 raise ValueError(f"{name} must have {sum(sizes)} rows, got {len(whole)}")
@@ -141,7 +143,8 @@ def to_theirs(renames: Iterable[Rename], ours: Mapping[str, Tensor]) -> dict[str
             continue
         whole = ours[name] if len(sources) == 1 else torch.cat([ours[source] for source in sources])
         parts = [part.clone() for part in whole.chunk(len(targets))] if len(targets) > 1 else [whole]
-        result |= {target: _add_axes(part, -rename.added_axes) for target, part in zip(targets, parts, strict=True)}
+        here_to_there = " -> ".join(reversed(rename.axes.split(" -> ")))
+        result |= {t: _rearrange(name, part, here_to_there) for t, part in zip(targets, parts, strict=True)}
     if unused or missing:
         raise ValueError(_complaint(unused, missing))
     return result
@@ -165,14 +168,13 @@ def _find(table: Mapping[str, Rename], name: str) -> tuple[str, Rename] | None:
     return prefix, table[prefix]
 
 
-def _add_axes(tensor: Tensor, axes: int) -> Tensor:
-    for _ in range(axes):
-        tensor = tensor[None]
-    for _ in range(-axes):
-        if tensor.ndim == 0 or tensor.shape[0] != 1:
-            raise ValueError(f"a tensor must begin with {-axes} axes of size one, got shape {tuple(tensor.shape)}")
-        tensor = tensor[0]
-    return tensor
+def _rearrange(name: str, tensor: Tensor, axes: str) -> Tensor:
+    if not axes:
+        return tensor
+    try:
+        return rearrange(tensor, axes)
+    except EinopsError as error:
+        raise ValueError(f"{name} must have the axes {axes.split(' -> ')[0]!r}, got {tuple(tensor.shape)}") from error
 
 
 def _complaint(unused: Sequence[str], missing: Sequence[str]) -> str:
