@@ -10,7 +10,7 @@ PYTHON := python3 python3.11 python3.12 python3.13 python3.14 python
 PYTEST := -m pytest -n auto --maxprocesses=4 --dist=worksteal -rs
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-seeds test test-slow test-long test-lower bench coverage mutants check format docs docs-serve clean
+.PHONY: help demo demo-seeds test test-slow test-long test-lower parity bench coverage mutants check format docs docs-serve clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -34,6 +34,9 @@ test-long: $(READY) ## Run the tests with 2,000 examples a law instead of 50, an
 
 test-lower: ## Run the tests, the slow ones too, with the oldest supported versions, in an environment of its own
 	@$(MAKE) --no-print-directory test test-slow VENV=.venv-lower CONSTRAINTS="-c tests/lower.txt"
+
+parity: $(PEERS) ## Compare what is loaded with OpenFlamingo and flamingo-pytorch themselves, which it installs
+	@$(BIN)/python $(PYTEST) tests/parity
 
 bench: $(PEERS) ## Measure against other implementations, half an hour on one core; writes docs/benchmarks
 	@$(BIN)/python -m benchmarks

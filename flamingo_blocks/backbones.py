@@ -1,4 +1,4 @@
-"""Load backbones: a causal language model of transformers, and a vision encoder of timm.
+"""Load backbones: a causal language model of transformers, its tokenizer, and a vision encoder of timm.
 
 Either is given as an id, a local path, a configuration or a model. What is loaded knows where it came from.
 """
@@ -14,7 +14,7 @@ import torch
 import transformers
 from huggingface_hub import try_to_load_from_cache
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from flamingo_blocks.configuration_flamingo import FlamingoVisionConfig
 from flamingo_blocks.vision import VisionEncoder
@@ -115,6 +115,39 @@ def is_quantized(lm: nn.Module) -> bool:
     if getattr(lm, "hf_quantizer", None) is not None:
         return True
     return any(type(parameter).__module__.startswith("torchao.") for parameter in lm.parameters())
+
+
+def load_tokenizer(tokenizer: str | Path | PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Load a tokenizer, or copy the given one.
+
+    Args:
+        tokenizer: Its id on the hub, the path of a local copy, or the tokenizer.
+
+    Raises:
+        ValueError: If it is none of these.
+        OSError: If the id or path cannot be loaded.
+    """
+    if isinstance(tokenizer, PreTrainedTokenizerBase):
+        return copy.deepcopy(tokenizer)
+    if not isinstance(tokenizer, str | Path):
+        raise ValueError(f"tokenizer must be an id, a path or a tokenizer, got {type(tokenizer).__name__}")
+    with loading("tokenizer", tokenizer):
+        return AutoTokenizer.from_pretrained(tokenizer)
+
+
+def ensure_padding(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let a tokenizer pad with its end of text, if it has no token for padding.
+
+    Args:
+        tokenizer: It is changed.
+
+    Raises:
+        ValueError: If it has neither.
+    """
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ValueError("the tokenizer has neither a padding nor an end-of-text token; set tokenizer.pad_token")
+        tokenizer.pad_token = tokenizer.eos_token
 
 
 def load_vision_encoder(

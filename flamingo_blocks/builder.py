@@ -1,6 +1,5 @@
 """build_flamingo: a Flamingo from any decoder of transformers and any backbone of timm."""
 
-import copy
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from difflib import get_close_matches
@@ -11,14 +10,19 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     AddedToken,
-    AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from flamingo_blocks.backbones import dtype_name, load_language_model, load_vision_encoder, loading
+from flamingo_blocks.backbones import (
+    dtype_name,
+    ensure_padding,
+    load_language_model,
+    load_tokenizer,
+    load_vision_encoder,
+)
 from flamingo_blocks.blocks import Attend
 from flamingo_blocks.configuration_flamingo import FlamingoConfig, FlamingoVisionConfig
 from flamingo_blocks.injection import select_layers
@@ -139,7 +143,12 @@ def build_flamingo(
     dtype, trained_dtype = _as_dtype("dtype", dtype), _as_dtype("trained_dtype", trained_dtype) or torch.float32
     lm, text_revision = load_language_model(language_model, dtype=dtype)
     encoder, vision_config = load_vision_encoder(vision_encoder, image_size=image_size, channels=channels, dtype=dtype)
-    tokenizer = _load_tokenizer(tokenizer, lm.config.name_or_path or "")
+    if tokenizer is None and not lm.config.name_or_path:
+        raise ValueError(
+            "this language model does not say where its tokenizer is; give tokenizer=, an id, a path or a tokenizer"
+        )
+    tokenizer = load_tokenizer(lm.config.name_or_path if tokenizer is None else tokenizer)
+    ensure_padding(tokenizer)
     weight = getattr(lm.get_input_embeddings(), "weight", None)  # several tables, as of audio codebooks, have none
     vocab_size = lm.config.get_text_config(decoder=True).vocab_size if weight is None else weight.shape[0]
     new_token_ids = add_special_tokens(tokenizer, [image_token, end_of_chunk_token], vocab_size=vocab_size)
@@ -354,23 +363,3 @@ def _as_dtype(name: str, dtype: torch.dtype | str | None) -> torch.dtype | None:
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"{name} must be a floating-point dtype of torch, e.g. torch.bfloat16, got {dtype!r}")
     return dtype
-
-
-def _load_tokenizer(tokenizer: Any, found: str) -> PreTrainedTokenizerBase:
-    if tokenizer is None and not found:
-        raise ValueError(
-            "this language model does not say where its tokenizer is; give tokenizer=, an id, a path or a tokenizer"
-        )
-    if isinstance(tokenizer, PreTrainedTokenizerBase):
-        tokenizer = copy.deepcopy(tokenizer)
-    elif tokenizer is None or isinstance(tokenizer, str | Path):
-        path = found if tokenizer is None else tokenizer
-        with loading("tokenizer", path):
-            tokenizer = AutoTokenizer.from_pretrained(path)
-    else:
-        raise ValueError(f"tokenizer must be an id, a path or a tokenizer, got {type(tokenizer).__name__}")
-    if tokenizer.pad_token is None:
-        if tokenizer.eos_token is None:
-            raise ValueError("the tokenizer has neither a padding nor an end-of-text token; set tokenizer.pad_token")
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer

@@ -96,6 +96,7 @@ def make_resampler(
     qk_norm: bool = False,
     num_latents: int = 64,
     max_frames: int = 8,
+    max_media: int = 0,
 ) -> Any:
     """Make a resampler.
 
@@ -111,6 +112,7 @@ def make_resampler(
         qk_norm: Whether a perceiver normalises queries and keys, head by head.
         num_latents: Latents of a medium, for the perceiver.
         max_frames: Number of learned temporal embeddings.
+        max_media: See `PerceiverResampler`; whole models have none.
 
     Raises:
         ValueError: If there is no such resampler, or the numbers do not fit together.
@@ -126,6 +128,7 @@ def make_resampler(
                 latents=num_latents,
                 feed_forward=_feed_forward(activation, hidden),
                 qk_norm=nn.LayerNorm if qk_norm else None,
+                max_media=max_media,
             )
         case "mlp":
             return MLPResampler(**sizes, feed_forward=_feed_forward(activation, hidden))

@@ -48,6 +48,8 @@ LAYERS = [
     "convert.checkpoint",
     "convert.clip_vision",
     "convert.assembly",
+    "convert.flamingo_pytorch",
+    "convert.open_flamingo",
     "",
 ]
 MAY_ALSO_IMPORT = {
@@ -65,6 +67,7 @@ MAY_ALSO_IMPORT = {
     "presets": {"transformers"},
     "convert.checkpoint": {"safetensors", "tqdm"},
     "convert.assembly": {"transformers"},
+    "convert.open_flamingo": {"transformers"},
 }
 
 

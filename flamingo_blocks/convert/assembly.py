@@ -4,8 +4,8 @@ A model is made without initial values, and every tensor is in the checkpoint, o
 the same value in each model of the family, which has no such tensor at all.
 """
 
-import copy
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
 
+from flamingo_blocks.backbones import ensure_padding, load_tokenizer
 from flamingo_blocks.builder import check_injection, choose_decoding
 from flamingo_blocks.configuration_flamingo import FlamingoConfig
 from flamingo_blocks.convert.renaming import Rename, to_ours, to_theirs
@@ -118,7 +119,7 @@ def _distinct_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def make_processor(
     model: FlamingoForConditionalGeneration,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: str | Path | PreTrainedTokenizerBase,
     *,
     image_token: str,
     end_of_chunk_token: str,
@@ -128,18 +129,17 @@ def make_processor(
 
     Args:
         model: The model.
-        tokenizer: It is copied.
+        tokenizer: Its id or path, or the tokenizer, which is copied.
         image_token: Stands for a medium.
         end_of_chunk_token: Ends what belongs to a medium.
         crop_mode: `"center"`: the shorter side is fitted and the longer one cropped; `"squash"`: both are fitted.
     """
-    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer = load_tokenizer(tokenizer)
+    ensure_padding(tokenizer)
     height, width = model.vision_encoder.image_size
     image_processor = FlamingoImageProcessor(
         size={"height": height, "width": width}, image_mean=CLIP_MEAN, image_std=CLIP_STD, crop_mode=crop_mode
     )
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
     generation_config: Any = model.generation_config
     generation_config.pad_token_id = tokenizer.pad_token_id
     return FlamingoProcessor(image_processor, tokenizer, image_token=image_token, end_of_chunk_token=end_of_chunk_token)

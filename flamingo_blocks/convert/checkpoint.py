@@ -28,7 +28,7 @@ def read_tensors(checkpoint: Checkpoint, *, progress: bool = False) -> dict[str,
     Args:
         checkpoint: A file (`.safetensors`, or one of torch: `.pt`, `.pth`, `.bin`), an index of several
             (`.index.json`), a directory that has such a file or index under one of its usual names, or the tensors
-            themselves.
+            themselves, which are copied.
         progress: Show a bar for files that are read tensor by tensor.
 
     Returns:
@@ -39,7 +39,7 @@ def read_tensors(checkpoint: Checkpoint, *, progress: bool = False) -> dict[str,
         ValueError: If it holds something else than tensors.
     """
     if isinstance(checkpoint, Mapping):
-        tensors = dict(checkpoint)
+        tensors = {name: value.clone() if isinstance(value, Tensor) else value for name, value in checkpoint.items()}
     else:
         path = _find_file(Path(checkpoint).expanduser())
         files = sorted(set(_read_json(path)["weight_map"].values())) if path.suffix == ".json" else [path.name]

@@ -2,12 +2,14 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from einops import EinopsError, rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
 Shapes = Mapping[str, Sequence[int]]
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ def to_ours(renames: Iterable[Rename], theirs: Mapping[str, Tensor], shapes: Sha
         if tuple(tensor.shape) != tuple(shapes[name])
     ]
     if wrong:
-        raise ValueError(f"tensors have other shapes than the configuration says: {_list(wrong)}")
+        raise ValueError(f"tensors have other shapes than the configuration says: {listed(wrong)}")
     return result
 
 
@@ -150,6 +152,51 @@ def to_theirs(renames: Iterable[Rename], ours: Mapping[str, Tensor]) -> dict[str
     return result
 
 
+def load_module(module: AnyModule, renames: Iterable[Rename], state_dict: Mapping[str, Tensor]) -> AnyModule:
+    """Load a part of another implementation's model.
+
+    Args:
+        module: The same part here. Its tensors are replaced by copies of those that are loaded, of their dtype.
+        renames: The table.
+        state_dict: Of the part there.
+
+    Returns:
+        The module, in eval mode.
+
+    Raises:
+        ValueError: As `to_ours`.
+    """
+    shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
+    tensors = to_ours(renames, state_dict, shapes)
+    module.load_state_dict({name: tensor.clone() for name, tensor in tensors.items()}, assign=True)
+    return module.eval()
+
+
+def shape_of(state_dict: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
+    """Give the shape of a tensor from which a size is read.
+
+    Args:
+        state_dict: Tensors by name.
+        name: Name of the tensor.
+
+    Raises:
+        ValueError: If it is missing.
+    """
+    if name not in state_dict:
+        raise ValueError(f"the checkpoint has no tensor {name}; it has {listed(list(state_dict)) or 'none'}")
+    return tuple(state_dict[name].shape)
+
+
+def part_of(state_dict: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Take the tensors of a part out of a checkpoint.
+
+    Args:
+        state_dict: Tensors by name.
+        prefix: Of the part's names, with its dot. It is taken off.
+    """
+    return {name.removeprefix(prefix): tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
+
+
 def _with_prefix(names: str | tuple[str, ...], prefix: str) -> str | tuple[str, ...]:
     return prefix + names if isinstance(names, str) else tuple(prefix + name for name in names)
 
@@ -180,12 +227,17 @@ def _rearrange(name: str, tensor: Tensor, axes: str) -> Tensor:
 def _complaint(unused: Sequence[str], missing: Sequence[str]) -> str:
     parts = []
     if unused:
-        parts.append(f"these tensors have no place: {_list(unused)}")
+        parts.append(f"these tensors have no place: {listed(unused)}")
     if missing:
-        parts.append(f"these tensors are missing: {_list(missing)}")
+        parts.append(f"these tensors are missing: {listed(missing)}")
     return "the checkpoint and the configuration do not fit together: " + "; ".join(parts)
 
 
-def _list(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """Name things in an error, the first twenty in alphabetical order.
+
+    Args:
+        names: What to name.
+    """
     shown = ", ".join(sorted(names)[:20])
     return shown if len(names) <= 20 else f"{shown}, and {len(names) - 20} more"

@@ -1,0 +1,463 @@
+"""OpenFlamingo: its released models, their first version, and Otter's, which have the same parts.
+
+Covered are openflamingo/OpenFlamingo-3B-vitl-mpt1b, -4B-vitl-rpj3b and -9B-vitl-mpt7b with their instruction-tuned
+siblings, OpenFlamingo-9B-deprecated (version 1), and checkpoints of Otter. Released files hold what was trained, and
+the table of embeddings; language model and vision encoder come from where they were published.
+
+Not copied: with all previous media, text before the first one attends to all of them, later ones included; more
+`<image>` tokens than media attend to everything alike. Here the former sees nothing, and the latter is an error.
+
+Source: github.com/mlfoundations/open_flamingo, version 2.0.1; Awadalla et al. 2023 (OpenFlamingo).
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from flamingo_blocks.backbones import load_language_model, load_tokenizer, load_vision_encoder
+from flamingo_blocks.blocks import Attend, GatedCrossAttentionBlock, PerceiverResampler
+from flamingo_blocks.configuration_flamingo import FlamingoConfig, FlamingoVisionConfig
+from flamingo_blocks.convert import clip_vision
+from flamingo_blocks.convert.assembly import assemble, disassemble, make_processor
+from flamingo_blocks.convert.checkpoint import Checkpoint, read_config, read_tensors
+from flamingo_blocks.convert.flamingo_pytorch import BLOCK, block_sizes, resampler_sizes, resampler_table
+from flamingo_blocks.convert.renaming import Rename, listed, load_module, shape_of, to_ours, under
+from flamingo_blocks.language import find_decoder_layers, find_residual_stream
+from flamingo_blocks.modeling_flamingo import FlamingoForConditionalGeneration
+from flamingo_blocks.parts import make_block, make_resampler
+from flamingo_blocks.processing_flamingo import FlamingoProcessor, special_token_id
+from flamingo_blocks.vision import VisionEncoder
+
+IMAGE_TOKEN, END_OF_CHUNK_TOKEN, PADDING_TOKEN = "<image>", "<|endofchunk|>", "<PAD>"
+# Arguments of its create_model_and_transforms, which stand for the configuration that it does not have. The first
+# four can be given here as modules; the last ones say nothing about the model.
+_CONFIG = {"lang_encoder_path", "tokenizer_path", "clip_vision_encoder_path", "clip_vision_encoder_pretrained"}
+_CONFIG |= {"cross_attn_every_n_layers", "decoder_layers_attr_name"}
+_CONFIG |= {"cache_dir", "freeze_lm_embeddings", "gradient_checkpointing", "use_local_files"}
+# By open_clip's name and weights, the same in timm.
+_VISION_ENCODERS = {
+    ("ViT-B-32", "openai"): "vit_base_patch32_clip_quickgelu_224.openai",
+    ("ViT-B-16", "openai"): "vit_base_patch16_clip_quickgelu_224.openai",
+    ("ViT-L-14", "openai"): "vit_large_patch14_clip_quickgelu_224.openai",
+}
+_WRAPPERS = re.compile(r"_(?:fsdp_wrapped|checkpoint_wrapped)_module\.")
+_BLOCK = re.compile(r"lang_encoder\.(?:gated_cross_attn_layers\.(\d+)|.+?\.(\d+)\.gated_cross_attn_layer)\.(.+)")
+_LAYER = re.compile(r"lang_encoder\.(?:old_decoder_blocks\.(\d+)|(.+?)\.(\d+)\.decoder_layer)\.(.+)")
+
+
+def load_resampler(state_dict: Mapping[str, Tensor], config: Mapping[str, Any] | None = None) -> PerceiverResampler:
+    """Load the resampler of a model.
+
+    Its optional embeddings of frames and of a medium's place are loaded where they are.
+
+    Args:
+        state_dict: Of the whole model there.
+        config: Arguments of its `create_model_and_transforms`; they say nothing about the resampler.
+
+    Returns:
+        The resampler, in eval mode.
+
+    Raises:
+        ValueError: If a tensor is left over, is missing or has the wrong shape.
+    """
+    _check_config(config)
+    tensors = _Parts.of(state_dict).resampler
+    sizes, dim = resampler_sizes(tensors), shape_of(tensors, "latents")[1]
+    numbers: dict[str, Any] = {
+        name: shape_of(tensors, theirs)[0] if theirs in tensors else 0
+        for name, theirs in (("max_frames", "frame_embs"), ("max_media", "media_time_embs"))
+    }
+    resampler = make_resampler(dim=dim, vision_dim=dim, **sizes, **numbers)
+    places = Rename("media_time_embs", "features.media_embeddings", "media 1 dim -> media dim")
+    return load_module(resampler, [*_resampler_table(sizes["depth"]), places], tensors)
+
+
+def load_blocks(
+    state_dict: Mapping[str, Tensor], config: Mapping[str, Any] | None = None
+) -> dict[int, GatedCrossAttentionBlock]:
+    """Load the gated cross-attention blocks of a model.
+
+    Args:
+        state_dict: Of the whole model there.
+        config: Arguments of its `create_model_and_transforms`; `cross_attn_every_n_layers` is checked.
+
+    Returns:
+        For the index of each decoder layer before which one stands, the block, in eval mode.
+
+    Raises:
+        ValueError: If a tensor is left over, is missing or has the wrong shape, or the blocks stand elsewhere than the
+            configuration says.
+    """
+    blocks = _Parts.of(state_dict).blocks
+    _check_places(blocks, _check_config(config))
+    return {
+        index: load_module(
+            make_block(
+                dim=shape_of(tensors, "attn.to_q.weight")[1],
+                media_dim=shape_of(tensors, "attn.to_kv.weight")[1],
+                **block_sizes(tensors),
+            ),
+            BLOCK,
+            tensors,
+        )
+        for index, tensors in sorted(blocks.items())
+    }
+
+
+@torch.no_grad()
+def load_flamingo(
+    checkpoint: Checkpoint,
+    config: Mapping[str, Any] | str | Path | None = None,
+    *,
+    tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
+    language_model: str | Path | PreTrainedModel | None = None,
+    vision_encoder: str | Path | FlamingoVisionConfig | nn.Module | None = None,
+    attend: Attend = "last",
+    final_norm: bool = False,
+    dtype: torch.dtype | None = None,
+    progress: bool = False,
+) -> tuple[FlamingoForConditionalGeneration, FlamingoProcessor]:
+    """Load a whole model.
+
+    Args:
+        checkpoint: A file, a directory or tensors, see `flamingo_blocks.convert.checkpoint.read_tensors`.
+        config: Arguments of its `create_model_and_transforms`, as on the model's page, or a JSON file of them.
+        tokenizer: The language model's tokenizer, its id or path. None: `config["tokenizer_path"]`. It is copied and
+            gets the special tokens in the order in which they were added there.
+        language_model: The language model, its id or path. None: `config["lang_encoder_path"]`. A model is not copied:
+            its table of embeddings becomes the checkpoint's. Those that need code of their own, as MPT-1B does, must be
+            given as models.
+        vision_encoder: A timm model, its name, path or configuration, or a `VisionEncoder`. None: CLIP's, as
+            `clip_vision_encoder_path` and `clip_vision_encoder_pretrained` say.
+        attend: Which media a token sees. OpenFlamingo: `"last"`; its first version was also trained with `"next"`;
+            Otter: `"all_previous"`.
+        final_norm: Whether visual tokens pass the vision encoder's final norm. They do with open_clip 2.23 or newer,
+            with which the released models were not trained. A `VisionEncoder` or configuration says so itself.
+        dtype: Of what is loaded here. None: that of the checkpoint.
+        progress: Show bars while files are read.
+
+    Returns:
+        The model, in eval mode, and its processor.
+
+    Raises:
+        ValueError: If a tensor is left over, is missing or has the wrong shape, or the parts do not fit together.
+        OSError: If something cannot be loaded.
+
+    Example:
+        ```python
+        # from huggingface_hub import hf_hub_download
+        # from flamingo_blocks.convert import open_flamingo
+        #
+        # model, processor = open_flamingo.load_flamingo(
+        #     hf_hub_download("openflamingo/OpenFlamingo-4B-vitl-rpj3b", "checkpoint.pt"),
+        #     {
+        #         "clip_vision_encoder_path": "ViT-L-14",
+        #         "clip_vision_encoder_pretrained": "openai",
+        #         "lang_encoder_path": "togethercomputer/RedPajama-INCITE-Base-3B-v1",
+        #         "tokenizer_path": "togethercomputer/RedPajama-INCITE-Base-3B-v1",
+        #         "cross_attn_every_n_layers": 2,
+        #     },
+        # )
+        ```
+
+    Source: open_flamingo 2.0.1, `create_model_and_transforms`. Differs: the language model's tables are not resized
+    for new tokens, which stand in tables of their own. Where the checkpoint has no row of the head for a token that is
+    new to the language model, it gets the mean of all rows; there, a random one.
+    """
+    options = _check_config(read_config(config, checkpoint))
+    parts = _Parts.of(read_tensors(checkpoint, progress=progress))
+    _check_places(parts.blocks, options)
+    if not parts.blocks:
+        raise ValueError("the checkpoint has no gated cross-attention blocks (lang_encoder.*.gated_cross_attn_layer.*)")
+    sizes, block = resampler_sizes(parts.resampler), block_sizes(next(iter(parts.blocks.values())))
+    stored = dtype or parts.resampler["latents"].dtype
+    lm, revision = load_language_model(
+        _named(options, "lang_encoder_path", "language_model") if language_model is None else language_model,
+        dtype=None if isinstance(language_model, nn.Module) else stored,
+    )
+    text = load_tokenizer(_named(options, "tokenizer_path", "tokenizer") if tokenizer is None else tokenizer)
+    added = _add_tokens(text)
+    path, layers = find_decoder_layers(lm, options.get("decoder_layers_attr_name"))
+    new_tokens = _load_language_model(lm, parts.language_model_at(path), added)
+    encoder, vision_config = load_vision_encoder(
+        _timm_name(options) if vision_encoder is None else vision_encoder,
+        final_norm=final_norm,
+        dtype=None if isinstance(vision_encoder, nn.Module) else stored,
+    )
+    _load_vision_encoder(encoder, parts.vision_encoder)
+    indices = sorted(parts.blocks)
+    flamingo_config = FlamingoConfig(
+        text_config=lm.config,
+        text_revision=revision,
+        vision_config=vision_config,
+        cross_attention_layers=indices,
+        decoder_layers=options.get("decoder_layers_attr_name"),
+        residual_stream=find_residual_stream(lm, {i: layers[i] for i in indices}),
+        attend=attend,
+        **{f"cross_attention_{name}": value for name, value in block.items()},
+        **{name if name == "num_latents" else f"resampler_{name}": value for name, value in sizes.items()},
+        max_frames=shape_of(parts.resampler, "frame_embs")[0] if "frame_embs" in parts.resampler else 0,
+        image_token_id=special_token_id(text, IMAGE_TOKEN),
+        end_of_chunk_token_id=special_token_id(text, END_OF_CHUNK_TOKEN),
+        new_token_ids=new_tokens.ids,
+    )
+    tensors = {f"perceiver.{name}": tensor for name, tensor in parts.resampler.items()}
+    for index, block_tensors in parts.blocks.items():
+        tensors |= {f"{_block_prefix(path, index)}{name}": tensor for name, tensor in block_tensors.items()}
+    model = assemble(
+        flamingo_config,
+        _table(path, indices, sizes["depth"]),
+        tensors,
+        fixed={name: tensor.to(stored) for name, tensor in new_tokens.tensors.items()},
+        language_model=lm,
+        vision_encoder=encoder,
+        dtype=dtype,
+    )
+    return model, make_processor(model, text, image_token=IMAGE_TOKEN, end_of_chunk_token=END_OF_CHUNK_TOKEN)
+
+
+@torch.no_grad()
+def to_open_flamingo(model: FlamingoForConditionalGeneration) -> dict[str, Tensor]:
+    """Give a model's tensors as OpenFlamingo's checkpoints have them.
+
+    These are the resampler, the blocks, the table of embeddings with the new tokens' rows, and the head, where it is
+    another table. OpenFlamingo reads them with `load_state_dict(..., strict=False)`.
+
+    Args:
+        model: As loaded here, or built with the same options.
+
+    Raises:
+        ValueError: If a tensor has no place there, or a new token is read and predicted with different rows though the
+            language model has one table for both.
+    """
+    lm: Any = model.language_model
+    path, _ = find_decoder_layers(lm, model.config.decoder_layers)
+    indices = list(model.injector.layer_indices)
+    tensors = disassemble(
+        model,
+        _table(path, indices, len(model.resampler.layers)),
+        fixed={},
+        without=("language_model.", "vision_encoder.", "new_tokens."),
+    )
+    embedding, head = lm.get_input_embeddings(), lm.get_output_embeddings()
+    rows: dict[str, Tensor] = {}
+    if model.new_tokens is not None:
+        new = model.new_tokens
+        rows = {"embeddings": new.embeddings.weight, "head": new.head.weight, "bias": new.head.bias}
+    ids = list(model.new_tokens.token_ids) if model.new_tokens is not None else []
+    if head.weight is embedding.weight and rows and not torch.equal(rows["embeddings"], rows["head"]):
+        raise ValueError(
+            "this language model reads and predicts tokens with one table, and OpenFlamingo's checkpoints hold one row "
+            "a token, but new_tokens.embeddings and new_tokens.head were trained apart; make them equal first"
+        )
+    if getattr(head, "bias", None) is None and rows and rows["bias"].any():
+        raise ValueError("new_tokens.head.bias was trained, but this language model's head has none; set it to zero")
+    tables = {_name_of(lm, embedding) + ".weight": (embedding.weight, rows.get("embeddings"))}
+    if head.weight is not embedding.weight:
+        tables[_name_of(lm, head) + ".weight"] = (head.weight, rows.get("head"))
+    if getattr(head, "bias", None) is not None:
+        tables[_name_of(lm, head) + ".bias"] = (head.bias, rows.get("bias"))
+    for name, (table, new_rows) in tables.items():
+        tensors[f"lang_encoder.{name}"] = _with_rows(table, ids, new_rows)
+    return tensors
+
+
+# ------------------------------------------------------------ the checkpoint's parts
+
+
+@dataclass
+class _Parts:
+    """A checkpoint, sorted: each part by the names that it has within itself."""
+
+    resampler: dict[str, Tensor] = field(default_factory=dict)
+    blocks: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    vision_encoder: dict[str, Tensor] = field(default_factory=dict)
+    language_model: dict[str, Tensor] = field(default_factory=dict)
+    layers: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, state_dict: Mapping[str, Tensor]) -> "_Parts":
+        """Sort tensors. The same one may be there under several names, as in version 1."""
+        parts, unused = cls(), []
+        for full_name, tensor in state_dict.items():
+            name = _WRAPPERS.sub("", full_name)
+            part, _, rest = name.partition(".")
+            if match := _BLOCK.fullmatch(name):
+                first, second, rest = match.groups()
+                rest = rest.replace("feed_forward.", "ff.")  # as Otter calls it
+                _put(parts.blocks.setdefault(int(first or second), {}), rest, tensor, full_name)
+            elif match := _LAYER.fullmatch(name):
+                first, _, second, rest = match.groups()
+                _put(parts.layers.setdefault(int(first or second), {}), rest, tensor, full_name)
+            elif part == "lang_encoder":
+                _put(parts.language_model, rest, tensor, full_name)
+            elif part == "perceiver":
+                _put(parts.resampler, rest, tensor, full_name)
+            elif part == "vision_encoder":
+                _put(parts.vision_encoder, rest, tensor, full_name)
+            else:
+                unused.append(full_name)
+        if unused:
+            raise ValueError(f"these tensors are none of OpenFlamingo's: {listed(unused)}")
+        return parts
+
+    def language_model_at(self, path: str) -> dict[str, Tensor]:
+        """Give the language model's tensors by its own names.
+
+        Args:
+            path: Of its decoder layers.
+        """
+        tensors = dict(self.language_model)
+        for index, layer in self.layers.items():
+            tensors |= {f"{path}.{index}.{name}": tensor for name, tensor in layer.items()}
+        return tensors
+
+
+def _put(tensors: dict[str, Tensor], name: str, tensor: Tensor, full_name: str) -> None:
+    if name in tensors and not torch.equal(tensors[name], tensor):
+        raise ValueError(f"{full_name} is there twice, under different names and with different values")
+    tensors[name] = tensor
+
+
+def _block_prefix(path: str, index: int) -> str:
+    return f"lang_encoder.{path}.{index}.gated_cross_attn_layer."
+
+
+def _resampler_table(depth: int) -> list[Rename]:
+    return [*resampler_table(depth), Rename("frame_embs", "features.temporal_embeddings")]
+
+
+def _table(path: str, indices: list[int], depth: int) -> list[Rename]:
+    renames = under(_resampler_table(depth), theirs="perceiver.", ours="resampler.")
+    for index in indices:
+        renames += under(BLOCK, theirs=_block_prefix(path, index), ours=f"injector.blocks.{index}.")
+    return renames
+
+
+# ------------------------------------------------------------ the configuration
+
+
+def _check_config(config: Mapping[str, Any] | None) -> dict[str, Any]:
+    config = dict(config or {})
+    if unknown := set(config) - _CONFIG:
+        raise ValueError(
+            f"config must hold arguments of OpenFlamingo's create_model_and_transforms, got {listed(sorted(unknown))}; "
+            f"known are {listed(sorted(_CONFIG))}"
+        )
+    return config
+
+
+def _check_places(blocks: Mapping[int, object], config: Mapping[str, Any]) -> None:
+    every = config.get("cross_attn_every_n_layers")
+    if every is not None and (wrong := [index for index in sorted(blocks) if (index + 1) % every]):
+        raise ValueError(
+            f"config says cross_attn_every_n_layers={every}, but the checkpoint has blocks before layers {wrong}"
+        )
+
+
+def _named(config: Mapping[str, Any], name: str, argument: str) -> Any:
+    if not config.get(name):
+        raise ValueError(f"give {argument}, or config[{name!r}]")
+    return config[name]
+
+
+def _timm_name(config: Mapping[str, Any]) -> str:
+    key = (config.get("clip_vision_encoder_path"), config.get("clip_vision_encoder_pretrained"))
+    if key not in _VISION_ENCODERS:
+        raise ValueError(
+            f"give vision_encoder: there is no timm model on record for clip_vision_encoder_path={key[0]!r} and "
+            f"clip_vision_encoder_pretrained={key[1]!r}, only for {', '.join(map(str, _VISION_ENCODERS))}"
+        )
+    return _VISION_ENCODERS[key]
+
+
+# ------------------------------------------------------------ backbones
+
+
+@dataclass
+class _NewTokens:
+    ids: list[int]
+    tensors: dict[str, Tensor]
+
+
+def _add_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Add special tokens in the order of create_model_and_transforms, and give the ids of those that were not there."""
+    before = len(tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": [END_OF_CHUNK_TOKEN, IMAGE_TOKEN]})
+    if tokenizer.pad_token is None:
+        tokenizer.add_special_tokens({"pad_token": PADDING_TOKEN})
+    return list(range(before, len(tokenizer)))
+
+
+def _load_language_model(lm: Any, tensors: dict[str, Tensor], added: list[int]) -> _NewTokens:
+    """Load what the checkpoint has of a language model, and take out the rows of the new tokens."""
+    embedding, head = lm.get_input_embeddings(), lm.get_output_embeddings()
+    name, head_name, is_tied = _name_of(lm, embedding), _name_of(lm, head), head.weight is embedding.weight
+    if f"{name}.weight" not in tensors:
+        raise ValueError(
+            f"the checkpoint has no lang_encoder.{name}.weight, which holds the embeddings of the new tokens; it has "
+            f"{listed(sorted(tensors)) or 'nothing'} of the language model"
+        )
+    table = tensors.pop(f"{name}.weight")
+    if len(table) < len(embedding.weight):  # there, tables were cut to what the tokenizer knows
+        lm.resize_token_embeddings(len(table), mean_resizing=False)
+        embedding, head = lm.get_input_embeddings(), lm.get_output_embeddings()
+    known = len(embedding.weight)
+    ids = sorted({i for i in added if i < len(table)} | set(range(known, len(table))))
+    embedding.weight.copy_(table[:known])
+    rows = {"embeddings.weight": table[ids]}
+    if not torch.equal(embedding(torch.arange(2, device=embedding.weight.device)), embedding.weight[:2]):
+        raise ValueError(f"{type(lm).__name__} scales its embeddings, which OpenFlamingo has no way for")
+    of_head = {"weight": head.weight} | ({} if getattr(head, "bias", None) is None else {"bias": head.bias})
+    for kind, parameter in of_head.items():
+        whole = tensors.pop(f"{head_name}.{kind}", None)
+        if is_tied and kind == "weight":
+            if whole is not None and not torch.equal(whole, table):
+                raise ValueError(
+                    f"lang_encoder.{head_name}.weight must be the table of embeddings in this language model"
+                )
+            whole = table
+        if whole is None:
+            mean = parameter.mean(0, keepdim=True)
+            whole = torch.cat([parameter, *[mean] * (len(table) - known)])
+        else:
+            parameter.copy_(whole[:known])
+        rows[f"head.{kind}"] = whole[ids]
+    rows.setdefault("head.bias", torch.zeros(len(ids)))
+    shapes = {key: tensor.shape for key, tensor in lm.state_dict().items() if key in tensors}
+    lm.load_state_dict(to_ours([Rename(key, key) for key in shapes], tensors, shapes), strict=False)
+    return _NewTokens(ids, {f"new_tokens.{key}": rows.clone() for key, rows in rows.items()} if ids else {})
+
+
+def _load_vision_encoder(encoder: VisionEncoder, tensors: Mapping[str, Tensor]) -> None:
+    """Load CLIP's weights, in the names of open_clip or, from Otter, of transformers, where the checkpoint has them."""
+    tensors = {name.removeprefix("vision_model."): tensor for name, tensor in tensors.items()}
+    # The projection of the pooled token, and numbers from 0 on: no tokens come from them.
+    tensors = {name: t for name, t in tensors.items() if name not in ("proj", "embeddings.position_ids")}
+    if not tensors:
+        return
+    backbone = encoder.backbone
+    shapes = {clip_vision.OURS + name: tensor.shape for name, tensor in backbone.state_dict().items()}
+    table = clip_vision.open_clip if "conv1.weight" in tensors else clip_vision.transformers_clip
+    loaded = to_ours(table(len(backbone.blocks), theirs="", final_norm=encoder.final_norm), tensors, shapes)
+    backbone.load_state_dict({name.removeprefix(clip_vision.OURS): tensor for name, tensor in loaded.items()})
+
+
+def _name_of(lm: nn.Module, module: nn.Module) -> str:
+    return next(name for name, found in lm.named_modules() if found is module)
+
+
+def _with_rows(table: Tensor, ids: list[int], rows: Tensor | None) -> Tensor:
+    """Put the new tokens' rows into a copy of a table, which grows as far as they are beyond it."""
+    if rows is None:
+        return table.clone()
+    beyond = sum(i >= len(table) for i in ids)
+    whole = torch.cat([table, table.new_zeros(beyond, *table.shape[1:])])
+    whole[ids] = rows.to(whole)
+    return whole
