@@ -114,3 +114,52 @@ def contrastive_loss(images: Tensor, texts: Tensor, positives: Tensor, scale: fl
         return torch.stack(losses).mean()
 
     return (one_side(images, texts, positives) + one_side(texts, images, positives.T)) / 2
+
+
+def lucidrains_block(tensors: dict[str, Tensor], hidden_states: Tensor, media: Tensor, is_media: Tensor) -> Tensor:
+    """flamingo-pytorch's block, and OpenFlamingo's, from its tensors, under the rule "last".
+
+    Source: flamingo-pytorch 0.1.2, GatedCrossAttentionBlock.
+    """
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], tensors[f"{name}.weight"], tensors[f"{name}.bias"])
+
+    rows = []
+    for hidden, images, places in zip(hidden_states, media, is_media.tolist(), strict=True):
+        tokens, seen = [], -1
+        for token, is_image in zip(hidden, places, strict=True):
+            seen += is_image
+            if seen >= 0:
+                query = (tensors["attn.to_q.weight"] @ norm(token, "attn.norm")).unflatten(0, (-1, 64))
+                keys, values = (images[seen] @ tensors["attn.to_kv.weight"].T).unflatten(1, (2, -1, 64)).unbind(1)
+                weights = (torch.einsum("hd,nhd->hn", query, keys) / 8).softmax(-1)
+                attended = torch.einsum("hn,nhd->hd", weights, values).flatten()
+                token = token + tensors["attn_gate"].tanh() * (tensors["attn.to_out.weight"] @ attended)
+            update = tensors["ff.3.weight"] @ F.gelu(tensors["ff.1.weight"] @ norm(token, "ff.0"))
+            tokens.append(token + tensors["ff_gate"].tanh() * update)
+        rows.append(torch.stack(tokens))
+    return torch.stack(rows)
+
+
+def lucidrains_resampler(tensors: dict[str, Tensor], features: Tensor) -> Tensor:
+    """The resampler of flamingo-pytorch and OpenFlamingo for one medium, (context, dim), without embeddings.
+
+    Source: flamingo-pytorch 0.1.2, PerceiverResampler.
+    """
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], tensors[f"{name}.weight"], tensors[f"{name}.bias"])
+
+    latents = tensors["latents"]
+    for i in range(len({name.split(".")[1] for name in tensors if name.startswith("layers.")})):
+        queries = norm(latents, f"layers.{i}.0.norm_latents")
+        context = torch.cat([norm(features, f"layers.{i}.0.norm_media"), queries])
+        queries = (queries @ tensors[f"layers.{i}.0.to_q.weight"].T).unflatten(1, (-1, 64))
+        keys, values = (context @ tensors[f"layers.{i}.0.to_kv.weight"].T).unflatten(1, (2, -1, 64)).unbind(1)
+        weights = (torch.einsum("qhd,nhd->hqn", queries, keys) / 8).softmax(-1)
+        attended = torch.einsum("hqn,nhd->qhd", weights, values).flatten(1)
+        latents = latents + attended @ tensors[f"layers.{i}.0.to_out.weight"].T
+        hidden = F.gelu(norm(latents, f"layers.{i}.1.0") @ tensors[f"layers.{i}.1.1.weight"].T)
+        latents = latents + hidden @ tensors[f"layers.{i}.1.3.weight"].T
+    return norm(latents, "norm")

@@ -50,6 +50,7 @@ LAYERS = [
     "convert.assembly",
     "convert.flamingo_pytorch",
     "convert.open_flamingo",
+    "convert.__main__",
     "",
 ]
 MAY_ALSO_IMPORT = {
@@ -65,7 +66,7 @@ MAY_ALSO_IMPORT = {
     "processing_flamingo": {"numpy", "PIL", "timm", "transformers"},
     "builder": {"timm", "transformers"},
     "presets": {"transformers"},
-    "convert.checkpoint": {"safetensors", "tqdm"},
+    "convert.checkpoint": {"safetensors", "tqdm", "transformers"},
     "convert.assembly": {"transformers"},
     "convert.open_flamingo": {"transformers"},
 }

@@ -12,8 +12,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
+from transformers import PreTrainedConfig
 
 Checkpoint = str | Path | Mapping[str, Tensor]
+Config = Mapping[str, Any] | PreTrainedConfig | str | Path
 
 # As transformers writes them: an index names the file of each tensor.
 _INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -56,7 +58,7 @@ def read_tensors(checkpoint: Checkpoint, *, progress: bool = False) -> dict[str,
     return tensors
 
 
-def read_config(config: Mapping[str, Any] | str | Path | None, checkpoint: Checkpoint) -> dict[str, Any]:
+def read_config(config: Config | None, checkpoint: Checkpoint) -> dict[str, Any]:
     """Read a configuration in the family's own form.
 
     Args:
@@ -70,7 +72,7 @@ def read_config(config: Mapping[str, Any] | str | Path | None, checkpoint: Check
     """
     if isinstance(config, Mapping):
         return dict(config)
-    if config is not None and hasattr(config, "to_dict"):
+    if isinstance(config, PreTrainedConfig):
         return dict(config.to_dict())
     if config is None:
         if isinstance(checkpoint, Mapping):
@@ -100,7 +102,7 @@ def _find_file(path: Path) -> Path:
     )
 
 
-def _read_file(path: Path, *, progress: bool) -> dict[str, Tensor]:
+def _read_file(path: Path, *, progress: bool) -> dict[Any, Any]:
     if not path.is_file():
         raise OSError(f"{str(path)!r}, which the index names, is not there; download all files of the checkpoint")
     try:

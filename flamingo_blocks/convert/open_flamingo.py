@@ -25,7 +25,7 @@ from flamingo_blocks.blocks import Attend, GatedCrossAttentionBlock, PerceiverRe
 from flamingo_blocks.configuration_flamingo import FlamingoConfig, FlamingoVisionConfig
 from flamingo_blocks.convert import clip_vision
 from flamingo_blocks.convert.assembly import assemble, disassemble, make_processor
-from flamingo_blocks.convert.checkpoint import Checkpoint, read_config, read_tensors
+from flamingo_blocks.convert.checkpoint import Checkpoint, Config, read_config, read_tensors
 from flamingo_blocks.convert.flamingo_pytorch import BLOCK, block_sizes, resampler_sizes, resampler_table
 from flamingo_blocks.convert.renaming import Rename, listed, load_module, shape_of, to_ours, under
 from flamingo_blocks.language import find_decoder_layers, find_residual_stream
@@ -34,12 +34,32 @@ from flamingo_blocks.parts import make_block, make_resampler
 from flamingo_blocks.processing_flamingo import FlamingoProcessor, special_token_id
 from flamingo_blocks.vision import VisionEncoder
 
+# GPT-NeoX's head had this name when the models were released, and has another one in transformers today.
+_GPT_NEOX_HEAD = "embed_out"
 IMAGE_TOKEN, END_OF_CHUNK_TOKEN, PADDING_TOKEN = "<image>", "<|endofchunk|>", "<PAD>"
 # Arguments of its create_model_and_transforms, which stand for the configuration that it does not have. The first
 # four can be given here as modules; the last ones say nothing about the model.
 _CONFIG = {"lang_encoder_path", "tokenizer_path", "clip_vision_encoder_path", "clip_vision_encoder_pretrained"}
 _CONFIG |= {"cross_attn_every_n_layers", "decoder_layers_attr_name"}
 _CONFIG |= {"cache_dir", "freeze_lm_embeddings", "gradient_checkpointing", "use_local_files"}
+# Of the released models, as on their pages.
+RELEASED: dict[str, dict[str, Any]] = {
+    name: {
+        "lang_encoder_path": language_model,
+        "tokenizer_path": language_model,
+        "clip_vision_encoder_path": "ViT-L-14",
+        "clip_vision_encoder_pretrained": "openai",
+        "cross_attn_every_n_layers": every,
+    }
+    for name, language_model, every in (
+        ("OpenFlamingo-3B-vitl-mpt1b", "anas-awadalla/mpt-1b-redpajama-200b", 1),
+        ("OpenFlamingo-3B-vitl-mpt1b-langinstruct", "anas-awadalla/mpt-1b-redpajama-200b-dolly", 1),
+        ("OpenFlamingo-4B-vitl-rpj3b", "togethercomputer/RedPajama-INCITE-Base-3B-v1", 2),
+        ("OpenFlamingo-4B-vitl-rpj3b-langinstruct", "togethercomputer/RedPajama-INCITE-Instruct-3B-v1", 2),
+        ("OpenFlamingo-9B-vitl-mpt7b", "anas-awadalla/mpt-7b", 4),
+        ("OpenFlamingo-9B-deprecated", "huggyllama/llama-7b", 4),
+    )
+}
 # By open_clip's name and weights, the same in timm.
 _VISION_ENCODERS = {
     ("ViT-B-32", "openai"): "vit_base_patch32_clip_quickgelu_224.openai",
@@ -113,7 +133,7 @@ def load_blocks(
 @torch.no_grad()
 def load_flamingo(
     checkpoint: Checkpoint,
-    config: Mapping[str, Any] | str | Path | None = None,
+    config: Config | None = None,
     *,
     tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
     language_model: str | Path | PreTrainedModel | None = None,
@@ -127,7 +147,8 @@ def load_flamingo(
 
     Args:
         checkpoint: A file, a directory or tensors, see `flamingo_blocks.convert.checkpoint.read_tensors`.
-        config: Arguments of its `create_model_and_transforms`, as on the model's page, or a JSON file of them.
+        config: Arguments of its `create_model_and_transforms`, as on the model's page, a JSON file of them, or the name
+            of a released model. None: that of the released model whose name is in the checkpoint's path, if it is.
         tokenizer: The language model's tokenizer, its id or path. None: `config["tokenizer_path"]`. It is copied and
             gets the special tokens in the order in which they were added there.
         language_model: The language model, its id or path. None: `config["lang_encoder_path"]`. A model is not copied:
@@ -154,23 +175,18 @@ def load_flamingo(
         # from huggingface_hub import hf_hub_download
         # from flamingo_blocks.convert import open_flamingo
         #
-        # model, processor = open_flamingo.load_flamingo(
-        #     hf_hub_download("openflamingo/OpenFlamingo-4B-vitl-rpj3b", "checkpoint.pt"),
-        #     {
-        #         "clip_vision_encoder_path": "ViT-L-14",
-        #         "clip_vision_encoder_pretrained": "openai",
-        #         "lang_encoder_path": "togethercomputer/RedPajama-INCITE-Base-3B-v1",
-        #         "tokenizer_path": "togethercomputer/RedPajama-INCITE-Base-3B-v1",
-        #         "cross_attn_every_n_layers": 2,
-        #     },
-        # )
+        # path = hf_hub_download("openflamingo/OpenFlamingo-4B-vitl-rpj3b", "checkpoint.pt")
+        # model, processor = open_flamingo.load_flamingo(path)
+        #
+        # own = {"lang_encoder_path": "facebook/opt-1.3b", "cross_attn_every_n_layers": 2, ...}
+        # model, processor = open_flamingo.load_flamingo("checkpoint.pt", own)
         ```
 
     Source: open_flamingo 2.0.1, `create_model_and_transforms`. Differs: the language model's tables are not resized
     for new tokens, which stand in tables of their own. Where the checkpoint has no row of the head for a token that is
     new to the language model, it gets the mean of all rows; there, a random one.
     """
-    options = _check_config(read_config(config, checkpoint))
+    options = _check_config(_find_config(config, checkpoint))
     parts = _Parts.of(read_tensors(checkpoint, progress=progress))
     _check_places(parts.blocks, options)
     if not parts.blocks:
@@ -260,9 +276,9 @@ def to_open_flamingo(model: FlamingoForConditionalGeneration) -> dict[str, Tenso
         raise ValueError("new_tokens.head.bias was trained, but this language model's head has none; set it to zero")
     tables = {_name_of(lm, embedding) + ".weight": (embedding.weight, rows.get("embeddings"))}
     if head.weight is not embedding.weight:
-        tables[_name_of(lm, head) + ".weight"] = (head.weight, rows.get("head"))
+        tables[_head_name(lm) + ".weight"] = (head.weight, rows.get("head"))
     if getattr(head, "bias", None) is not None:
-        tables[_name_of(lm, head) + ".bias"] = (head.bias, rows.get("bias"))
+        tables[_head_name(lm) + ".bias"] = (head.bias, rows.get("bias"))
     for name, (table, new_rows) in tables.items():
         tensors[f"lang_encoder.{name}"] = _with_rows(table, ids, new_rows)
     return tensors
@@ -343,6 +359,17 @@ def _table(path: str, indices: list[int], depth: int) -> list[Rename]:
 # ------------------------------------------------------------ the configuration
 
 
+def _find_config(config: Config | None, checkpoint: Checkpoint) -> dict[str, Any]:
+    if isinstance(config, str) and (name := config.removeprefix("openflamingo/")) in RELEASED:
+        return RELEASED[name]
+    if config is None:
+        # Downloaded from a hub, a file lies in a directory of the model's name. The longest name is the most specific.
+        path = "" if isinstance(checkpoint, Mapping) else str(Path(checkpoint).absolute())
+        found = [name for name in RELEASED if name in path]
+        return RELEASED[max(found, key=len)] if found else {}
+    return read_config(config, checkpoint)
+
+
 def _check_config(config: Mapping[str, Any] | None) -> dict[str, Any]:
     config = dict(config or {})
     if unknown := set(config) - _CONFIG:
@@ -398,7 +425,10 @@ def _add_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def _load_language_model(lm: Any, tensors: dict[str, Tensor], added: list[int]) -> _NewTokens:
     """Load what the checkpoint has of a language model, and take out the rows of the new tokens."""
     embedding, head = lm.get_input_embeddings(), lm.get_output_embeddings()
-    name, head_name, is_tied = _name_of(lm, embedding), _name_of(lm, head), head.weight is embedding.weight
+    name, head_name, is_tied = _name_of(lm, embedding), _head_name(lm), head.weight is embedding.weight
+    if lm.config.model_type == "gpt_neox":
+        today = _name_of(lm, head)
+        tensors = {f"{head_name}.weight" if key == f"{today}.weight" else key: t for key, t in tensors.items()}
     if f"{name}.weight" not in tensors:
         raise ValueError(
             f"the checkpoint has no lang_encoder.{name}.weight, which holds the embeddings of the new tokens; it has "
@@ -451,6 +481,10 @@ def _load_vision_encoder(encoder: VisionEncoder, tensors: Mapping[str, Tensor]) 
 
 def _name_of(lm: nn.Module, module: nn.Module) -> str:
     return next(name for name, found in lm.named_modules() if found is module)
+
+
+def _head_name(lm: Any) -> str:
+    return _GPT_NEOX_HEAD if lm.config.model_type == "gpt_neox" else _name_of(lm, lm.get_output_embeddings())
 
 
 def _with_rows(table: Tensor, ids: list[int], rows: Tensor | None) -> Tensor:

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from flamingo_pytorch.flamingo_pytorch import GatedCrossAttentionBlock, PerceiverResampler
-
 from torch import Tensor
 
 from flamingo_blocks import MediaRuns, media_ranges

@@ -183,7 +183,7 @@ def test_blocks_are_those_of_open_flamingo() -> None:
 
 
 def test_what_is_written_is_read_by_open_flamingo() -> None:
-    original, plain, options = make_original("gpt_neox", every=1)
+    original, plain, options = make_original("opt", every=1)
     model, _ = load(original, plain, options)
     inputs = prompts(model)
     with torch.no_grad():
