@@ -14,7 +14,13 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers import DynamicCache
 
 from flamingo_blocks import FlamingoForConditionalGeneration, MediaCache, VisionEncoder, media_ranges
-from flamingo_blocks.blocks import MeanPoolResampler, MLPResampler, PerceiverResampler, TransformerResampler
+from flamingo_blocks.blocks import (
+    LinearResampler,
+    MeanPoolResampler,
+    MLPResampler,
+    PerceiverResampler,
+    TransformerResampler,
+)
 from flamingo_blocks.configuration_flamingo import CACHE_NAMES
 from tests.tiny_flamingo import VISION, Prompt, make_flamingo, make_tokenizer
 from tests.tiny_language_models import CONFIGS, VOCAB, make_lm
@@ -273,6 +279,7 @@ def test_checkpointing_gives_equal_gradients() -> None:
         ("mlp", MLPResampler, 4),
         ("transformer", TransformerResampler, 4),
         ("mean_pool", MeanPoolResampler, 1),
+        ("linear", LinearResampler, 4),
     ],
 )
 def test_every_kind_of_resampler_has_its_place(resampler: Any, kind: Any, latents: int) -> None:
@@ -282,6 +289,26 @@ def test_every_kind_of_resampler_has_its_place(resampler: Any, kind: Any, latent
     assert model.encode_media(prompt.pixel_values, prompt.num_frames).shape == (2, 2, latents, 16)
     model(**prompt.inputs, labels=prompt.input_ids).loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.resampler.parameters())
+
+
+def test_a_resampler_without_parameters_runs_with_media_and_without() -> None:
+    model, _ = make_flamingo(resampler="linear", resampler_dim=64)  # as wide as the features
+    prompt = Prompt.make(model)
+    assert not list(model.resampler.parameters())
+    before = model(**prompt.inputs).logits
+    changed = model(**{**prompt.inputs, "pixel_values": prompt.pixel_values + 1}).logits
+    assert not torch.allclose(before, changed)
+    model.generate(prompt.input_ids.clamp(max=VOCAB - 1), max_new_tokens=2)
+
+
+def test_tokens_without_media_can_be_left_to_the_language_model() -> None:
+    model, _ = make_flamingo(feed_forward_without_media=False)
+    prompt = Prompt.make(model)
+    first = int(prompt.is_image[0].int().argmax())
+    found = model(**prompt.inputs).logits[0]
+    plain = model.eject()(prompt.input_ids.clamp(max=VOCAB - 1)).logits[0]
+    assert torch.equal(found[:first, :VOCAB], plain[:first])
+    assert not torch.allclose(found[first:, :VOCAB], plain[first:])
 
 
 def test_without_gates_the_model_does_not_start_as_the_language_model() -> None:

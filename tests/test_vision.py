@@ -461,6 +461,31 @@ def test_an_error_that_is_not_the_sizes_is_passed_on(image_size: int | None) -> 
         VisionEncoder.from_timm("test_resnet", pretrained=True, image_size=image_size, model_args=missing)
 
 
+@pytest.mark.parametrize("name, prefix", [("vit", 1), ("eva02", 1), ("siglip", 0), ("convnext", 0)])
+def test_prefix_tokens_can_be_kept_in_front(name: str, prefix: int) -> None:
+    backbone = make_encoder(name).backbone
+    without, kept = VisionEncoder(backbone), VisionEncoder(backbone, keep_prefix_tokens=True)
+    images = random_images(without, 2)
+    tokens = kept(images)
+    assert tokens.shape[1] == kept.layout.patches == without.layout.patches + prefix
+    assert torch.equal(tokens[:, prefix:], without(images))
+
+
+def test_the_final_norm_can_be_left_out_and_keeps_its_weights() -> None:
+    backbone: Any = make_encoder("vit").backbone
+    nn.init.normal_(backbone.norm.weight)
+    normed = VisionEncoder(copy.deepcopy(backbone))
+    raw = VisionEncoder(copy.deepcopy(backbone), final_norm=False)
+    images = random_images(raw, 2)
+    assert not torch.allclose(raw(images), normed(images))
+    torch.testing.assert_close(backbone.norm(raw(images)), normed(images))
+    assert torch.equal(raw.state_dict()["backbone.norm.module.weight"], backbone.norm.weight)
+    again = VisionEncoder(raw.backbone, final_norm=False)  # it is left out already
+    assert torch.equal(again(images), raw(images))
+    with pytest.raises(ValueError, match="ResNet has no final norm by the name of norm"):
+        VisionEncoder(make_encoder("resnet").backbone, final_norm=False)
+
+
 def test_the_dtype_of_tokens_is_the_backbones_or_the_one_asked_for() -> None:
     images = torch.randn(1, 3, 160, 160)
     assert VisionEncoder(BACKBONES["vit"]().bfloat16())(images).dtype == torch.bfloat16

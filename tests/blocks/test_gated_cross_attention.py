@@ -54,6 +54,16 @@ def test_block_equals_the_papers_two_lines_gradients_included(
     torch.testing.assert_close(gradients, expected_gradients)
 
 
+@given(layouts(), seeds, blocks)
+def test_tokens_without_media_can_be_left_as_they_are(layout: Layout, seed: int, options: dict[str, object]) -> None:
+    hidden_states, media = draw_inputs(layout, seed)
+    expected = make_block(options, seed)(hidden_states, media, layout.runs)
+    found = make_block({**options, "feed_forward_without_media": False}, seed)(hidden_states, media, layout.runs)
+    sees_nothing = layout.ranges[..., 0] == layout.ranges[..., 1]
+    assert torch.equal(found[sees_nothing], hidden_states[sees_nothing])
+    assert torch.equal(found[~sees_nothing], expected[~sees_nothing])
+
+
 @given(layouts(), seeds, blocks, st.sampled_from([torch.float64, torch.float32, torch.bfloat16]))
 def test_gate_zero_is_identity(layout: Layout, seed: int, options: dict[str, object], dtype: torch.dtype) -> None:
     block = make_block(options, seed).float()

@@ -120,6 +120,27 @@ def test_temporal_embeddings_are_learned_up_to_max_frames_then_interpolated(
     torch.testing.assert_close(embeddings, interpolated)
 
 
+@given(seeds, st.integers(2, 4))
+def test_without_temporal_embeddings_frames_are_not_told_apart(seed: int, frames: int) -> None:
+    resampler = PerceiverResampler(dim=DIM, depth=2, heads=2, max_frames=0).double()
+    randomize(resampler, seed)
+    assert not any("temporal" in name for name in resampler.state_dict())
+    features = random_tensor(seed, 1, 1, frames, 3, DIM)
+    torch.testing.assert_close(resampler(features.flip(2)), resampler(features))
+
+
+@given(seeds)
+def test_embeddings_of_places_are_added_to_every_feature_of_a_medium(seed: int) -> None:
+    placed = PerceiverResampler(dim=DIM, depth=1, heads=2, max_media=3).double()
+    randomize(placed, seed)
+    plain = PerceiverResampler(dim=DIM, depth=1, heads=2).double()
+    result = plain.load_state_dict(placed.state_dict(), strict=False)
+    assert result.unexpected_keys == ["features.media_embeddings"]
+    features = random_tensor(seed, 2, 2, 2, 3, DIM)
+    places = placed.features.media_embeddings[:2, None, None]
+    torch.testing.assert_close(placed(features), plain(features + places))
+
+
 @given(seeds, st.lists(st.permutations(range(3)), min_size=1, max_size=1))
 def test_media_are_resampled_independently(seed: int, orders: list[list[int]]) -> None:
     resampler = make_resampler({}, seed)

@@ -4,13 +4,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
-from flamingo_blocks.blocks import MeanPoolResampler, MLPResampler, TransformerResampler
+from flamingo_blocks.blocks import LinearResampler, MeanPoolResampler, MLPResampler, TransformerResampler
 from tests.strategies import random_tensor, randomize, seeds
 
 DIM, VISION_DIM, PATCHES = 8, 6, 4
 KINDS: dict[str, Any] = {
+    "linear": lambda: LinearResampler(dim=DIM, vision_dim=VISION_DIM),
     "mean_pool": lambda: MeanPoolResampler(dim=DIM, vision_dim=VISION_DIM, max_frames=3),
     "mlp": lambda: MLPResampler(dim=DIM, vision_dim=VISION_DIM, max_frames=3),
     "transformer": lambda: TransformerResampler(dim=DIM, vision_dim=VISION_DIM, depth=2, heads=2, max_frames=3),
@@ -56,7 +57,9 @@ def test_what_padding_holds_changes_nothing_and_gradients_are_finite(kind: str) 
     assert all(p.grad is not None and p.grad.isfinite().all() for p in resampler.parameters())
 
 
-@pytest.mark.parametrize(("kind", "latents"), [("mean_pool", 1), ("mlp", PATCHES), ("transformer", PATCHES)])
+@pytest.mark.parametrize(
+    ("kind", "latents"), [("linear", PATCHES), ("mean_pool", 1), ("mlp", PATCHES), ("transformer", PATCHES)]
+)
 def test_the_number_of_latents_does_not_depend_on_the_number_of_frames(kind: str, latents: int) -> None:
     for frames in (1, 2, 5):
         assert make(kind)(features_of(0, frames)).shape == (2, 2, latents, DIM)
@@ -75,6 +78,15 @@ def test_the_mean_is_that_of_the_projected_patches() -> None:
     resampler, features = make("mean_pool"), features_of(0, 1)
     mean = (resampler.features.project(features) + resampler.features.temporal_embeddings[0]).mean((2, 3))
     torch.testing.assert_close(resampler(features)[:, :, 0], resampler.norm(mean))
+
+
+def test_a_linear_resampler_projects_only_where_widths_differ() -> None:
+    resampler, features = make("linear"), features_of(0, 1)
+    projected = nn.functional.linear(features[:, :, 0], resampler.project.weight, resampler.project.bias)
+    torch.testing.assert_close(resampler(features), projected)
+    same = LinearResampler(dim=VISION_DIM)
+    assert not list(same.parameters())
+    assert torch.equal(same(features), features[:, :, 0])
 
 
 @pytest.mark.parametrize(
