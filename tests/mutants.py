@@ -57,6 +57,11 @@ PROCESSING = "flamingo_blocks/processing_flamingo.py"
 BUILDER = "flamingo_blocks/builder.py"
 ADAPTER = "flamingo_blocks/adapter.py"
 PRESETS = "flamingo_blocks/presets.py"
+PARTS = "flamingo_blocks/parts.py"
+RENAMING = "flamingo_blocks/convert/renaming.py"
+CHECKPOINT = "flamingo_blocks/convert/checkpoint.py"
+FLAMINGO_PYTORCH = "flamingo_blocks/convert/flamingo_pytorch.py"
+OPEN_FLAMINGO = "flamingo_blocks/convert/open_flamingo.py"
 
 MUTANTS = [
     Mutant(
@@ -1326,6 +1331,128 @@ MUTANTS = [
         "if len({len(piece) for piece in pieces}) > 1:",
         "if False:",
         "tests/test_media_encoding.py::test_each_medium_has_the_latents_that_it_has_alone_and_the_resampler_the_same_gradients",
+    ),
+    Mutant(
+        "tokens without media can be left as they are",
+        "their feed-forward is added all the same",
+        BLOCK,
+        "if not self.feed_forward_without_media:",
+        "if False:",
+        "tests/blocks/test_gated_cross_attention.py::test_tokens_without_media_can_be_left_as_they_are",
+    ),
+    Mutant(
+        "embeddings of places are added to every feature of a medium",
+        "all media get the first one",
+        FEATURES,
+        "self.media_embeddings[:media, None, None]",
+        "self.media_embeddings[:1, None, None]",
+        "tests/blocks/test_perceiver_resampler.py::test_embeddings_of_places_are_added_to_every_feature_of_a_medium",
+    ),
+    Mutant(
+        "a linear resampler projects only where widths differ",
+        "it never does",
+        BASELINES,
+        "nn.Identity() if self.vision_dim == dim else",
+        "nn.Identity() if dim else",
+        "tests/blocks/test_resampler_baselines.py::test_a_linear_resampler_projects_only_where_widths_differ",
+    ),
+    Mutant(
+        "prefix tokens can be kept in front",
+        "they are cut off",
+        VISION,
+        "replace(self.layout, prefix_tokens=0, patches",
+        "replace(self.layout, patches",
+        "tests/test_vision.py::test_prefix_tokens_can_be_kept_in_front",
+    ),
+    Mutant(
+        "the final norm can be left out",
+        "it is applied all the same",
+        VISION,
+        "backbone.norm = norm if isinstance(norm, Unapplied) else Unapplied(norm)",
+        "backbone.norm = norm",
+        "tests/test_vision.py::test_the_final_norm_can_be_left_out_and_keeps_its_weights",
+    ),
+    Mutant(
+        "names of a configuration become modules",
+        "RMSNorms have their own epsilon",
+        PARTS,
+        "partial(nn.RMSNorm, eps=eps)",
+        "nn.RMSNorm",
+        "tests/test_parts.py::test_norms",
+    ),
+    Mutant(
+        "renaming there and back gives the same",
+        "the parts of a tensor are joined in reverse",
+        RENAMING,
+        "torch.cat([theirs[source] for source in sources])",
+        "torch.cat([theirs[source] for source in reversed(sources)])",
+        "tests/convert/test_renaming.py::test_renaming_there_and_back_gives_the_same",
+    ),
+    Mutant(
+        "the longest prefix wins",
+        "the shortest one does",
+        RENAMING,
+        'prefix, dot, _ = prefix.rpartition(".")',
+        'prefix, dot, _ = prefix.partition(".")',
+        "tests/convert/test_renaming.py::test_the_longest_prefix_wins",
+    ),
+    Mutant(
+        "a pickle runs no code",
+        "it may",
+        CHECKPOINT,
+        "weights_only=True",
+        "weights_only=False",
+        "tests/convert/test_checkpoint.py::test_a_pickle_runs_no_code",
+    ),
+    Mutant(
+        "given tensors are copied",
+        "they are used as they are",
+        CHECKPOINT,
+        "value.clone() if isinstance(value, Tensor) else value",
+        "value",
+        "tests/convert/test_checkpoint.py::test_given_tensors_are_copied",
+    ),
+    Mutant(
+        "a block of flamingo-pytorch computes what it does there",
+        "another activation",
+        FLAMINGO_PYTORCH,
+        """"ff.1.weight")[0],
+        "activation": "gelu",""",
+        """"ff.1.weight")[0],
+        "activation": "relu",""",
+        "tests/convert/test_flamingo_pytorch.py::test_a_block_computes_what_it_does_there",
+    ),
+    Mutant(
+        "a resampler of flamingo-pytorch computes what it does there",
+        "the norms of features and latents are exchanged",
+        FLAMINGO_PYTORCH,
+        'Rename("norm_media", "norm_features"), Rename("norm_latents", "norm_latents")',
+        'Rename("norm_media", "norm_latents"), Rename("norm_latents", "norm_features")',
+        "tests/convert/test_flamingo_pytorch.py::test_a_resampler_computes_what_it_does_there",
+    ),
+    Mutant(
+        "every table of OpenFlamingo is the checkpoint's",
+        "new tokens get the first rows",
+        OPEN_FLAMINGO,
+        '"embeddings.weight": table[ids]',
+        '"embeddings.weight": table[: len(ids)]',
+        "tests/convert/test_open_flamingo.py::test_every_table_is_the_checkpoints",
+    ),
+    Mutant(
+        "a tensor under two names must be the same",
+        "the last one wins",
+        OPEN_FLAMINGO,
+        "if name in tensors and not torch.equal(tensors[name], tensor):",
+        "if False:",
+        "tests/convert/test_open_flamingo.py::test_names_of_version_1_of_otter_and_of_wrappers_are_known",
+    ),
+    Mutant(
+        "a vocabulary that there is cut is cut here",
+        "the language model keeps its own",
+        OPEN_FLAMINGO,
+        "if len(table) < len(embedding.weight):",
+        "if False:",
+        "tests/convert/test_open_flamingo.py::test_new_tokens_may_lie_within_a_padded_vocabulary",
     ),
 ]
 
