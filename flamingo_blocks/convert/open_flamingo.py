@@ -210,7 +210,7 @@ def load_flamingo(
     indices = sorted(parts.blocks)
     flamingo_config = FlamingoConfig(
         text_config=lm.config,
-        text_revision=revision,
+        text_revision=revision if lm.config.name_or_path else None,
         vision_config=vision_config,
         cross_attention_layers=indices,
         decoder_layers=options.get("decoder_layers_attr_name"),
@@ -440,6 +440,8 @@ def _load_language_model(lm: Any, tensors: dict[str, Tensor], added: list[int]) 
         embedding, head = lm.get_input_embeddings(), lm.get_output_embeddings()
     known = len(embedding.weight)
     ids = sorted({i for i in added if i < len(table)} | set(range(known, len(table))))
+    if not torch.equal(embedding.weight.to(table), table[:known]) or tensors:
+        lm.config.name_or_path = ""  # it is not that one any more, and an adapter would not find it there
     embedding.weight.copy_(table[:known])
     rows = {"embeddings.weight": table[ids]}
     if not torch.equal(embedding(torch.arange(2, device=embedding.weight.device)), embedding.weight[:2]):

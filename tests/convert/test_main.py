@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flamingo_blocks import FlamingoForConditionalGeneration, FlamingoProcessor
 from flamingo_blocks.convert import open_flamingo
@@ -52,6 +52,28 @@ def test_a_checkpoint_is_converted(files: dict[str, str], tmp_path: Path, capsys
     said = capsys.readouterr().out
     assert "comparing with the checkpoint, tensor by tensor" in said
     assert "blocks before 3 of 3 decoder layers" in said
+
+
+def test_an_adapter_names_the_language_model_only_if_its_table_is_as_it_was(
+    files: dict[str, str], tmp_path: Path
+) -> None:
+    lm: Any = AutoModelForCausalLM.from_pretrained(files["lm"])
+    name = "lang_encoder.model.decoder.embed_tokens.weight"
+    tensors = checkpoint()
+    for own in (False, True):
+        if own:
+            tensors[name][: lm.config.vocab_size] = lm.get_input_embeddings().weight
+        backbones = {"language_model": files["lm"], "vision_encoder": files["vision"]}
+        model, _ = open_flamingo.load_flamingo(tensors, tokenizer=files["lm"], **backbones)
+        assert model.language_model.config.name_or_path == (files["lm"] if own else "")
+        model.save_adapter(tmp_path / str(own))
+        others: dict[str, Any] = {} if own else {"language_model": model.language_model, "vision_encoder": model.vision_encoder}
+        if not own:
+            model.eject()
+        again: Any = FlamingoForConditionalGeneration.from_adapter(tmp_path / str(own), **others)
+        assert not again.vision_encoder.final_norm
+        if own:
+            assert torch.equal(again(**make_inputs()).logits, model(**make_inputs()).logits)
 
 
 def test_options_reach_the_family(files: dict[str, str], tmp_path: Path) -> None:
