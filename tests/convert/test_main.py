@@ -63,11 +63,13 @@ def test_an_adapter_names_the_language_model_only_if_its_table_is_as_it_was(
     for own in (False, True):
         if own:
             tensors[name][: lm.config.vocab_size] = lm.get_input_embeddings().weight
-        backbones = {"language_model": files["lm"], "vision_encoder": files["vision"]}
+        backbones: dict[str, Any] = {"language_model": files["lm"], "vision_encoder": files["vision"]}
         model, _ = open_flamingo.load_flamingo(tensors, tokenizer=files["lm"], **backbones)
         assert model.language_model.config.name_or_path == (files["lm"] if own else "")
         model.save_adapter(tmp_path / str(own))
-        others: dict[str, Any] = {} if own else {"language_model": model.language_model, "vision_encoder": model.vision_encoder}
+        others: dict[str, Any] = (
+            {} if own else {"language_model": model.language_model, "vision_encoder": model.vision_encoder}
+        )
         if not own:
             model.eject()
         again: Any = FlamingoForConditionalGeneration.from_adapter(tmp_path / str(own), **others)
