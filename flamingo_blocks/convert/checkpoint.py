@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
+from transformers import PreTrainedConfig
 
 Checkpoint = str | Path | Mapping[str, Tensor]
 
@@ -56,7 +57,9 @@ def read_tensors(checkpoint: Checkpoint, *, progress: bool = False) -> dict[str,
     return tensors
 
 
-def read_config(config: Mapping[str, Any] | str | Path | None, checkpoint: Checkpoint) -> dict[str, Any]:
+def read_config(
+    config: Mapping[str, Any] | PreTrainedConfig | str | Path | None, checkpoint: Checkpoint
+) -> dict[str, Any]:
     """Read a configuration in the family's own form.
 
     Args:
@@ -70,7 +73,7 @@ def read_config(config: Mapping[str, Any] | str | Path | None, checkpoint: Check
     """
     if isinstance(config, Mapping):
         return dict(config)
-    if config is not None and hasattr(config, "to_dict"):
+    if isinstance(config, PreTrainedConfig):
         return dict(config.to_dict())
     if config is None:
         if isinstance(checkpoint, Mapping):
