@@ -50,6 +50,7 @@ LAYERS = [
     "convert.assembly",
     "convert.flamingo_pytorch",
     "convert.open_flamingo",
+    "convert.idefics",
     "",
 ]
 MAY_ALSO_IMPORT = {
@@ -65,9 +66,10 @@ MAY_ALSO_IMPORT = {
     "processing_flamingo": {"numpy", "PIL", "timm", "transformers"},
     "builder": {"timm", "transformers"},
     "presets": {"transformers"},
-    "convert.checkpoint": {"safetensors", "tqdm"},
+    "convert.checkpoint": {"safetensors", "tqdm", "transformers"},
     "convert.assembly": {"transformers"},
     "convert.open_flamingo": {"transformers"},
+    "convert.idefics": {"transformers"},
 }
 
 
