@@ -62,6 +62,8 @@ RENAMING = "flamingo_blocks/convert/renaming.py"
 CHECKPOINT = "flamingo_blocks/convert/checkpoint.py"
 FLAMINGO_PYTORCH = "flamingo_blocks/convert/flamingo_pytorch.py"
 OPEN_FLAMINGO = "flamingo_blocks/convert/open_flamingo.py"
+IDEFICS = "flamingo_blocks/convert/idefics.py"
+ASSEMBLY = "flamingo_blocks/convert/assembly.py"
 
 MUTANTS = [
     Mutant(
@@ -1559,6 +1561,126 @@ MUTANTS = [
         "return media_ranges[:, -text.shape[1] :]",
         "return media_ranges[:, : text.shape[1]]",
         "tests/test_generation.py::test_a_conversation_goes_on_with_ranges",
+    ),
+    Mutant(
+        "logits of IDEFICS are the original's",
+        "keys are taken for values",
+        IDEFICS,
+        '("cross_attn.k_proj", "cross_attn.v_proj")',
+        '("cross_attn.v_proj", "cross_attn.k_proj")',
+        "tests/convert/test_idefics.py::test_logits_are_the_original_s",
+    ),
+    Mutant(
+        "logits of IDEFICS are the original's",
+        "the two gates of a block change places",
+        IDEFICS,
+        '{"alpha_cross_attn": "gate.alpha", "alpha_dense": "gate_feed_forward.alpha"}',
+        '{"alpha_dense": "gate.alpha", "alpha_cross_attn": "gate_feed_forward.alpha"}',
+        "tests/convert/test_idefics.py::test_logits_are_the_original_s",
+    ),
+    Mutant(
+        "logits of IDEFICS are the original's",
+        "blocks stand before the last layer of their interval",
+        IDEFICS,
+        "range(0, family.num_hidden_layers, family.cross_layer_interval)",
+        "range(family.cross_layer_interval - 1, family.num_hidden_layers, family.cross_layer_interval)",
+        "tests/convert/test_idefics.py::test_logits_are_the_original_s",
+    ),
+    Mutant(
+        "logits of IDEFICS are the original's",
+        "the class token is dropped",
+        IDEFICS,
+        "keep_prefix_tokens=True",
+        "keep_prefix_tokens=False",
+        "tests/convert/test_idefics.py::test_logits_are_the_original_s",
+    ),
+    Mutant(
+        "logits of IDEFICS are the original's",
+        "the blocks' norms have an eps of their own",
+        IDEFICS,
+        '"norm_eps": family.rms_norm_eps',
+        '"norm_eps": 1e-6',
+        "tests/convert/test_idefics.py::test_logits_are_the_original_s",
+    ),
+    Mutant(
+        "logits of IDEFICS are the original's",
+        "the language model has the usual rotary embeddings",
+        IDEFICS,
+        '"rope_parameters", "tie_word',
+        '"tie_word',
+        "tests/convert/test_idefics.py::test_logits_are_the_original_s",
+    ),
+    Mutant(
+        "logits of IDEFICS are the original's",
+        "a table of the new tokens is lost where embeddings are tied",
+        IDEFICS,
+        "tensors[_NEW_HEAD] = tensors[_NEW_EMBEDDINGS].clone()",
+        "tensors[_NEW_HEAD] = torch.zeros_like(tensors[_NEW_EMBEDDINGS])",
+        "tests/convert/test_idefics.py::test_logits_are_the_original_s",
+    ),
+    Mutant(
+        "the resampler of IDEFICS gives the original's output",
+        "it has another activation",
+        IDEFICS,
+        '        "activation": "relu",',
+        '        "activation": "gelu",',
+        "tests/convert/test_idefics.py::test_the_resampler_gives_the_original_s_output_and_is_that_of_the_whole_model",
+    ),
+    Mutant(
+        "the resampler of IDEFICS gives the original's output",
+        "queries and keys are not normalised where they should be",
+        IDEFICS,
+        '"qk_norm": perceiver.qk_layer_norms_perceiver',
+        '"qk_norm": False',
+        "tests/convert/test_idefics.py::test_the_resampler_gives_the_original_s_output_and_is_that_of_the_whole_model",
+    ),
+    Mutant(
+        "images are those of IDEFICS",
+        "the longer side is cropped",
+        IDEFICS,
+        'crop_mode="squash"',
+        'crop_mode="center"',
+        "tests/convert/test_idefics.py::test_pixels_are_those_of_the_original_s_processor",
+    ),
+    Mutant(
+        "chats are those of IDEFICS",
+        "each image has fake tokens of its own",
+        IDEFICS,
+        "loop.first or loop.previtem['type'] == 'text'",
+        "true",
+        "tests/convert/test_idefics.py::test_a_chat_is_written_as_the_original_s_processor_writes_it_and_sees_the_same_images",
+    ),
+    Mutant(
+        "generated text holds no image",
+        "a fake token may be generated",
+        IDEFICS,
+        "[*generation_config.suppress_tokens, fake_token]",
+        "[*generation_config.suppress_tokens]",
+        "tests/convert/test_idefics.py::test_generated_text_ends_with_an_utterance_and_holds_no_image",
+    ),
+    Mutant(
+        "older checkpoints are read",
+        "their buffers count as tensors without a place",
+        IDEFICS,
+        "if not name.endswith(DERIVED_BUFFERS)",
+        "if name",
+        "tests/convert/test_idefics.py::test_buffers_of_older_checkpoints_are_dropped",
+    ),
+    Mutant(
+        "a tied head is one table",
+        "one that was trained apart is written as if it were",
+        IDEFICS,
+        "if not torch.equal(tensors.pop(_NEW_HEAD), tensors[_NEW_EMBEDDINGS]):",
+        "if tensors.pop(_NEW_HEAD) is None:",
+        "tests/convert/test_idefics.py::test_a_tied_head_that_differs_is_refused_in_both_directions",
+    ),
+    Mutant(
+        "a converted model has adapters",
+        "its backbones are remembered as they were before the checkpoint",
+        ASSEMBLY,
+        "        model._remember_backbones()\n",
+        "",
+        "tests/convert/test_idefics.py::test_what_was_trained_of_a_loaded_model_is_saved_as_an_adapter",
     ),
 ]
 

@@ -57,6 +57,8 @@ def assemble(
         model: Any = FlamingoForConditionalGeneration(
             config, language_model=language_model, vision_encoder=vision_encoder
         )
+    if language_model is None:
+        model.language_model.tie_weights()  # which goes with the initial values
     given = [
         *(["language_model."] if language_model is not None else []),
         *(["vision_encoder."] if vision_encoder is not None else []),
@@ -75,6 +77,7 @@ def assemble(
         if language_model is None:
             model.language_model.tie_weights()
         model.freeze()
+        model._remember_backbones()
         model.eval()
         check_injection(model)
     except ValueError:
