@@ -57,6 +57,7 @@ PROCESSING = "flamingo_blocks/processing_flamingo.py"
 BUILDER = "flamingo_blocks/builder.py"
 ADAPTER = "flamingo_blocks/adapter.py"
 PRESETS = "flamingo_blocks/presets.py"
+BACKBONES = "flamingo_blocks/backbones.py"
 PARTS = "flamingo_blocks/parts.py"
 RENAMING = "flamingo_blocks/convert/renaming.py"
 CHECKPOINT = "flamingo_blocks/convert/checkpoint.py"
@@ -190,8 +191,8 @@ MUTANTS = [
         "the block is the paper's two lines",
         "the feed-forward gate stands before the feed-forward",
         BLOCK,
-        "return hidden_states + self.gate_feed_forward(update).to(hidden_states.dtype)",
-        "return hidden_states + self.feed_forward(self.gate_feed_forward(update)).to(hidden_states.dtype)",
+        "update = self.gate_feed_forward(update)",
+        "update = self.feed_forward(self.gate_feed_forward(update))",
         "tests/blocks/test_gated_cross_attention.py::test_block_equals_the_papers_two_lines_gradients_included",
     ),
     Mutant(
@@ -254,8 +255,8 @@ MUTANTS = [
         "padding frames change nothing, whatever they hold",
         "padding is masked, but not zeroed: NaN times zero is NaN",
         FEATURES,
-        "features = features.where(is_real[..., None, None], 0)",
-        "pass",
+        "return features.where(is_real[..., None, None], 0), is_real",
+        "return features, is_real",
         "tests/blocks/test_perceiver_resampler.py::test_what_padding_frames_hold_changes_nothing",
     ),
     Mutant(
@@ -270,16 +271,16 @@ MUTANTS = [
         "frame order matters",
         "no temporal embeddings",
         FEATURES,
-        "return features + self._embed(frames, num_frames), is_real",
-        "return features, is_real",
+        "features = features + self._embed(features.shape[2], num_frames)",
+        "pass",
         "tests/blocks/test_perceiver_resampler.py::test_frame_order_matters_and_patch_order_does_not",
     ),
     Mutant(
         "patch order does not matter",
         "a spatial position",
         FEATURES,
-        "return features + self._embed(frames, num_frames), is_real",
-        "return features + self._embed(frames, num_frames) + torch.eye(features.shape[3], self.dim), is_real",
+        "features = features + self._embed(features.shape[2], num_frames)",
+        "features = features + self._embed(features.shape[2], num_frames) + torch.eye(features.shape[3], self.dim)",
         "tests/blocks/test_perceiver_resampler.py::test_frame_order_matters_and_patch_order_does_not",
     ),
     Mutant(
@@ -1088,9 +1089,9 @@ MUTANTS = [
     Mutant(
         "a user's tokenizer is left alone",
         "it gets the new tokens",
-        BUILDER,
-        "tokenizer = copy.deepcopy(tokenizer)",
-        "pass",
+        BACKBONES,
+        "return copy.deepcopy(tokenizer)",
+        "return tokenizer",
         "tests/test_builder.py::test_the_tokenizer_is_copied_and_gets_what_it_lacks",
     ),
     Mutant(
@@ -1402,8 +1403,8 @@ MUTANTS = [
         "a pickle runs no code",
         "it may",
         CHECKPOINT,
-        "weights_only=True",
-        "weights_only=False",
+        "weights_only=True, mmap",
+        "weights_only=False, mmap",
         "tests/convert/test_checkpoint.py::test_a_pickle_runs_no_code",
     ),
     Mutant(
