@@ -942,6 +942,14 @@ MUTANTS = [
         "tests/test_processing_flamingo.py::test_each_frame_stands_at_its_place_and_all_else_is_zero",
     ),
     Mutant(
+        "a token that holds `<image>` in its name is no medium",
+        "every place is counted where the name of the image token stands",
+        PROCESSING,
+        "return [pattern.findall(row).count(self.image_token) for row in text]",
+        "return [row.count(self.image_token) for row in text]",
+        "tests/test_processing_flamingo.py::test_other_tokens_may_hold_that_of_a_medium_in_their_names",
+    ),
+    Mutant(
         "truncation must not cut a medium from its token",
         "nobody looks",
         PROCESSING,
