@@ -1,5 +1,6 @@
 """FlamingoProcessor: text, images and videos in, tensors for the model out."""
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from io import BytesIO
@@ -392,7 +393,10 @@ class FlamingoProcessor(ProcessorMixin):
         if options.get("sanitize_control_tokens"):  # some <image> are meant as text; only the tokenizer knows which
             ids = self.tokenizer(list(text), add_special_tokens=False, sanitize_control_tokens=True)["input_ids"]
             return [row.count(self.image_token_id) for row in ids]
-        return [row.count(self.image_token) for row in text]
+        # Other tokens may hold it in their names, as <EOC> holds <; of several that begin together, the longest counts.
+        tokens = {self.image_token, *(t for t in self.tokenizer.get_added_vocab() if self.image_token in t)}
+        pattern = re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))))
+        return [pattern.findall(row).count(self.image_token) for row in text]
 
     def _transform(
         self, rows: Sequence[Sequence["_Medium"]], sampling: "_Sampling", *, as_lists: bool

@@ -65,6 +65,7 @@ FLAMINGO_PYTORCH = "flamingo_blocks/convert/flamingo_pytorch.py"
 OPEN_FLAMINGO = "flamingo_blocks/convert/open_flamingo.py"
 IDEFICS = "flamingo_blocks/convert/idefics.py"
 ASSEMBLY = "flamingo_blocks/convert/assembly.py"
+FLAMINGO_MINI = "flamingo_blocks/convert/flamingo_mini.py"
 
 MUTANTS = [
     Mutant(
@@ -943,6 +944,14 @@ MUTANTS = [
         "tests/test_processing_flamingo.py::test_each_frame_stands_at_its_place_and_all_else_is_zero",
     ),
     Mutant(
+        "a token that holds `<image>` in its name is no medium",
+        "every place is counted where the name of the image token stands",
+        PROCESSING,
+        "return [pattern.findall(row).count(self.image_token) for row in text]",
+        "return [row.count(self.image_token) for row in text]",
+        "tests/test_processing_flamingo.py::test_other_tokens_may_hold_that_of_a_medium_in_their_names",
+    ),
+    Mutant(
         "truncation must not cut a medium from its token",
         "nobody looks",
         PROCESSING,
@@ -1682,6 +1691,94 @@ MUTANTS = [
         "        model._remember_backbones()\n",
         "",
         "tests/convert/test_idefics.py::test_what_was_trained_of_a_loaded_model_is_saved_as_an_adapter",
+    ),
+    Mutant(
+        "flamingo-mini's logits are the same here",
+        "keys and values of the resampler are exchanged",
+        FLAMINGO_MINI,
+        '("0.to_k", "0.to_v")',
+        '("0.to_v", "0.to_k")',
+        "tests/convert/test_flamingo_mini.py::test_logits_are_theirs",
+    ),
+    Mutant(
+        "flamingo-mini's logits are the same here",
+        "a pretrained vision encoder applies its final norm",
+        FLAMINGO_MINI,
+        "            final_norm=False,\n            dtype=",
+        "            final_norm=True,\n            dtype=",
+        "tests/convert/test_flamingo_mini.py::test_a_checkpoint_of_older_code_has_no_vision_encoder",
+    ),
+    Mutant(
+        "flamingo-mini's logits are the same here",
+        "the class token of a pretrained vision encoder is left out",
+        FLAMINGO_MINI,
+        "keep_prefix_tokens=True,\n            final_norm=False",
+        "keep_prefix_tokens=False,\n            final_norm=False",
+        "tests/convert/test_flamingo_mini.py::test_a_checkpoint_of_older_code_has_no_vision_encoder",
+    ),
+    Mutant(
+        "flamingo-mini's blocks and resampler compute the same here",
+        "its squared ReLU becomes a ReLU",
+        FLAMINGO_MINI,
+        '"sqrelu": "squared_relu"',
+        '"sqrelu": "relu"',
+        "tests/convert/test_flamingo_mini.py::test_blocks_and_resampler_compute_what_theirs_do",
+    ),
+    Mutant(
+        "flamingo-mini's blocks stand before layers 0, n, 2n, ...",
+        "they stand before layers n - 1, 2n - 1, ...",
+        FLAMINGO_MINI,
+        'range(0, text_config.num_hidden_layers, numbers["xattn_every"])',
+        'range(numbers["xattn_every"] - 1, text_config.num_hidden_layers, numbers["xattn_every"])',
+        "tests/convert/test_flamingo_mini.py::test_logits_are_theirs",
+    ),
+    Mutant(
+        "flamingo-mini's checkpoints come back, tied or not",
+        "a head that is there is tied to the table of embeddings",
+        FLAMINGO_MINI,
+        '"tie_word_embeddings": "lm_head.weight" not in tensors',
+        '"tie_word_embeddings": True',
+        "tests/convert/test_flamingo_mini.py::test_a_whole_checkpoint_comes_back",
+    ),
+    Mutant(
+        "flamingo-mini's `<` is a word when it is generated",
+        "it is never generated",
+        FLAMINGO_MINI,
+        "    generation_config.suppress_tokens = None",
+        "    generation_config.bos_token_id = None",
+        "tests/convert/test_flamingo_mini.py::test_the_sign_of_a_medium_can_be_generated_and_is_a_word_then",
+    ),
+    Mutant(
+        "texts become flamingo-mini's tokens",
+        "a `<` takes the space before it along",
+        FLAMINGO_MINI,
+        "AddedToken(token, special=True, normalized=False)",
+        "AddedToken(token, special=True, normalized=False, lstrip=True)",
+        "tests/convert/test_flamingo_mini.py::test_texts_become_the_tokens_that_they_are_there",
+    ),
+    Mutant(
+        "flamingo-mini trains its head",
+        "only the table of embeddings is trained of its language model",
+        FLAMINGO_MINI,
+        '{names.table}.weight", "language_model.lm_head.weight"]',
+        '{names.table}.weight"]',
+        "tests/convert/test_flamingo_mini.py::test_what_is_frozen_there_is_frozen_here",
+    ),
+    Mutant(
+        "a given language model stays as it is",
+        "the model around it shares its memory",
+        FLAMINGO_MINI,
+        "tensor.to(stored, copy=True)",
+        "tensor.to(stored)",
+        "tests/convert/test_flamingo_mini.py::test_what_was_trained_alone_is_loaded_around_a_language_model_and_comes_back",
+    ),
+    Mutant(
+        "a flamingo-mini reads its own tables",
+        "those of the language model that is loaded take their place",
+        FLAMINGO_MINI,
+        "for name, tensor in own.items()} | tensors",
+        "for name, tensor in tensors.items()} | own",
+        "tests/convert/test_flamingo_mini.py::test_what_was_trained_alone_is_loaded_around_a_language_model_and_comes_back",
     ),
 ]
 

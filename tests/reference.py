@@ -1,10 +1,12 @@
 """Slow and plain versions of what the library computes: one loop for each axis, no masks, no batching."""
 
 import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from flamingo_blocks import GatedCrossAttentionBlock, PerceiverResampler
 from flamingo_blocks.blocks import KeyValues
@@ -169,3 +171,125 @@ def lucidrains_resampler(tensors: dict[str, Tensor], features: Tensor) -> Tensor
         hidden = F.gelu(norm(latents, f"layers.{i}.1.0") @ tensors[f"layers.{i}.1.1.weight"].T)
         latents = latents + hidden @ tensors[f"layers.{i}.1.3.weight"].T
     return norm(latents, "norm")
+
+
+# ------------------------------------------------------------ flamingo-mini: github.com/dhansmair/flamingo-mini
+# Its formulas on its own tensors by name, since its code does not run on current versions of transformers.
+
+_MINI_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "sqrelu": lambda x: F.relu(x) ** 2,
+}
+
+
+def _mini_norm(weights: Mapping[str, Tensor], name: str, x: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], weights[f"{name}.weight"], weights[f"{name}.bias"], eps=1e-5)
+
+
+def _mini_feed_forward(weights: Mapping[str, Tensor], name: str, x: Tensor, act: str) -> Tensor:
+    """utils.py, FeedForward."""
+    hidden = _mini_norm(weights, f"{name}.0", x) @ weights[f"{name}.1.weight"].T
+    return _MINI_ACTIVATIONS[act](hidden) @ weights[f"{name}.3.weight"].T
+
+
+def flamingo_mini_block(
+    weights: Mapping[str, Tensor],
+    name: str,
+    y: Tensor,
+    media: Tensor,
+    media_locations: Tensor,
+    config: Mapping[str, Any],
+) -> Tensor:
+    """gated_cross_attention.py, GatedCrossAttentionBlock: y (batch text dim), media (batch media latents dim)."""
+    heads, head_dim = config["xattn_heads"], config["xattn_dim_head"]
+    queries = _mini_norm(weights, f"{name}.attn.norm", y) @ weights[f"{name}.attn.to_q.weight"].T
+    keys, values = (media.flatten(1, 2) @ weights[f"{name}.attn.to_kv.weight"].T).chunk(2, dim=-1)
+    queries, keys, values = (x.unflatten(-1, (heads, head_dim)).transpose(1, 2) for x in (queries, keys, values))
+    scores = queries @ keys.transpose(-1, -2) / math.sqrt(head_dim)
+    text_time = media_locations.long().cumsum(1)[:, None, :, None]
+    media_time = (torch.arange(media.shape[1]) + 1).repeat_interleave(media.shape[2])
+    scores = scores.masked_fill(text_time != media_time, -torch.finfo(scores.dtype).max)
+    attention = scores.softmax(-1).masked_fill(text_time == 0, 0) @ values
+    attention = attention.transpose(1, 2).flatten(2) @ weights[f"{name}.attn.to_out.weight"].T
+    y = y + torch.tanh(weights[f"{name}.alpha_attn"]) * attention
+    return y + torch.tanh(weights[f"{name}.alpha_ffw"]) * _mini_feed_forward(
+        weights, f"{name}.ffw", y, config["xattn_act"]
+    )
+
+
+def flamingo_mini_resampler(weights: Mapping[str, Tensor], features: Tensor, config: Mapping[str, Any]) -> Tensor:
+    """perceiver_resampler.py, for one medium: (frames, patches, dim) -> (latents, dim)."""
+    features = (features + weights["resampler.time_pos_emb"][: len(features)]).flatten(0, 1)
+    latents = weights["resampler.latents"]
+    shape = (config["resampler_heads"], config["resampler_dim_head"])
+    for i in range(config["resampler_depth"]):
+        name = f"resampler.layers.{i}"
+        normed = _mini_norm(weights, f"{name}.0.norm_latents", latents)
+        context = torch.cat([_mini_norm(weights, f"{name}.0.norm_media", features), normed])
+        queries, keys, values = (
+            (x @ weights[f"{name}.0.{to}.weight"].T).unflatten(-1, shape).transpose(0, 1)
+            for x, to in ((normed, "to_q"), (context, "to_k"), (context, "to_v"))
+        )
+        attention = (queries @ keys.transpose(-1, -2) / math.sqrt(shape[1])).softmax(-1) @ values
+        latents = latents + attention.transpose(0, 1).flatten(1) @ weights[f"{name}.0.to_out.weight"].T
+        latents = latents + _mini_feed_forward(weights, f"{name}.1", latents, config["resampler_act"])
+    return _mini_norm(weights, "resampler.norm", latents)
+
+
+class _MiniLayer(nn.Module):
+    """gated_cross_attention.py, ModifiedLMBlock: a decoder layer behind a block."""
+
+    def __init__(self, layer: nn.Module, block: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.layer = layer
+        self.block = block
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return self.layer(self.block(hidden_states), *args, **kwargs)
+
+
+def flamingo_mini_logits(
+    weights: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    lm: Any,
+    layers: str,
+    encode: Callable[[Tensor], Tensor],
+    input_ids: Tensor,
+    media: Sequence[Sequence[Tensor]],
+    *,
+    attention_mask: Tensor,
+    media_locations: Tensor,
+) -> Tensor:
+    """modeling_flamingo.py, FlamingoBaseModel.forward.
+
+    Args:
+        weights: The tensors there, without `flamingo.`.
+        config: The configuration there.
+        lm: The language model without its head. Its layers are exchanged and put back.
+        layers: Name of its list of layers.
+        encode: CLIP: frames to features, class token first.
+        input_ids: (batch, text)
+        media: For each row its media, of (frames, channels, height, width).
+        attention_mask: (batch, text)
+        media_locations: (batch, text), True at the `<` of each medium.
+    """
+    shape = (config["resampler_num_latents"], config["dim_visual"])
+    latents = torch.zeros(len(media), max(1, *map(len, media)), *shape, dtype=weights["lm_head.weight"].dtype)
+    for row, frames_of in enumerate(media):
+        for i, frames in enumerate(frames_of):
+            latents[row, i] = flamingo_mini_resampler(weights, encode(frames), config)
+    modules = lm.get_submodule(layers)
+    originals = list(modules)
+    for i in range(0, len(originals), config["xattn_every"]):
+        name = f"lm.{layers}.{i}.xattn_block"
+        modules[i] = _MiniLayer(
+            originals[i],
+            lambda y, name=name: flamingo_mini_block(weights, name, y, latents, media_locations, config),  # type: ignore[misc]
+        )
+    try:
+        hidden_states = lm(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+    finally:
+        for i, layer in enumerate(originals):
+            modules[i] = layer
+    return hidden_states @ weights["lm_head.weight"].T

@@ -51,6 +51,7 @@ LAYERS = [
     "convert.flamingo_pytorch",
     "convert.open_flamingo",
     "convert.idefics",
+    "convert.flamingo_mini",
     "convert.__main__",
     "",
 ]
@@ -71,6 +72,7 @@ MAY_ALSO_IMPORT = {
     "convert.assembly": {"transformers"},
     "convert.open_flamingo": {"transformers"},
     "convert.idefics": {"transformers"},
+    "convert.flamingo_mini": {"transformers"},
 }
 
 

@@ -766,6 +766,18 @@ def test_media_that_do_not_fit_the_text_are_refused(text: Any, media: Any, messa
         make_processor()(text=text, **media)
 
 
+@given(st.lists(st.sampled_from(["<", "<EOC>", "a<", "<<", "a<b", "cat"]), max_size=6))
+def test_other_tokens_may_hold_that_of_a_medium_in_their_names(pieces: list[str]) -> None:
+    """As in flamingo-mini, where `<` stands for a medium."""
+    tokenizer = make_tokenizer(("<", "<EOC>", "a<"))
+    processor = FlamingoProcessor(make_image_processor(), tokenizer, image_token="<")
+    text = "".join(pieces)
+    media = tokenizer(text)["input_ids"].count(processor.image_token_id)
+    assert processor(text=text, images=[CAT] * media)["input_ids"].shape[0] == 1
+    with pytest.raises(ValueError, match=f"row 0 has {media} < tokens but {media + 1} media"):
+        processor(text=text, images=[[CAT] * (media + 1)])
+
+
 def test_truncation_must_not_cut_a_medium() -> None:
     with pytest.raises(
         ValueError, match=r"row 1 has 2 <image> tokens, but 1 after tokenization; .* raise max_length, or drop whole"
