@@ -1327,6 +1327,14 @@ MUTANTS = [
         "if False:",
         "tests/test_media_encoding.py::test_each_medium_has_the_latents_that_it_has_alone_and_the_resampler_the_same_gradients",
     ),
+    Mutant(
+        "logits that no token is to have hide no wrong cache",
+        "differences are measured by the spread of all logits",
+        BUILDER,
+        "return logits[..., : None if head_weight is None else head_weight.shape[0]].float().std()",
+        "return logits.float().std()",
+        "tests/test_builder.py::test_logits_that_no_token_is_to_have_hide_no_wrong_cache",
+    ),
 ]
 
 README = """\
