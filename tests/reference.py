@@ -33,18 +33,24 @@ def media_ranges(media_locations: list[bool], document_ids: list[int], attend: s
 
 
 def attend_to_media(queries: Tensor, media: KeyValues, ranges: Tensor) -> Tensor:
+    seen = [[list(range(start, stop)) for start, stop in row] for row in ranges.tolist()]
+    return attend_to_seen_media(queries, media, seen)
+
+
+def attend_to_seen_media(queries: Tensor, media: KeyValues, seen: list[list[list[int]]]) -> Tensor:
+    """The same, for any media that each token of each row sees."""
     batch, text, heads, head_dim = queries.shape
     kv_heads = media.keys.shape[3]
     rows = []
     for row in range(batch):
         tokens = []
         for token in range(text):
-            start, stop = ranges[row, token].tolist()
+            own = torch.tensor(seen[row][token], dtype=torch.long)
             outputs = []
             for head in range(heads):
                 kv_head = head // (heads // kv_heads)
-                keys = media.keys[row, start:stop, :, kv_head].reshape(-1, head_dim)
-                values = media.values[row, start:stop, :, kv_head].reshape(-1, head_dim)
+                keys = media.keys[row, own, :, kv_head].reshape(-1, head_dim)
+                values = media.values[row, own, :, kv_head].reshape(-1, head_dim)
                 weights = (keys @ queries[row, token, head] / math.sqrt(head_dim)).softmax(0)
                 outputs.append(weights @ values)
             tokens.append(torch.stack(outputs))

@@ -68,6 +68,15 @@ def long_layouts(draw: st.DrawFn) -> Layout:
     return Layout(media_locations, document_ids, draw(attends))
 
 
+@st.composite
+def masks(draw: st.DrawFn) -> Tensor:
+    """Which media each token sees: any, all or none; some tokens see neighbouring media, others do not."""
+    batch, text, media = draw(st.integers(1, 3)), draw(st.integers(1, 8)), draw(st.integers(1, 5))
+    tokens = st.lists(st.booleans(), min_size=media, max_size=media)
+    rows = st.lists(st.lists(tokens, min_size=text, max_size=text), min_size=batch, max_size=batch)
+    return torch.tensor(draw(rows))
+
+
 def random_tensor(seed: int, *shape: int, requires_grad: bool = False) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_(requires_grad)

@@ -151,6 +151,7 @@ def test_the_public_names_are_these() -> None:
         "dense_media_mask",
         "media_index",
         "media_ranges",
+        "ranges_of_mask",
     ]
 
 

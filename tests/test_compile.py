@@ -19,7 +19,7 @@ from flamingo_blocks import (
     PerceiverResampler,
     media_ranges,
 )
-from flamingo_blocks.blocks import KeyValues, attend_to_media, choose_algorithm
+from flamingo_blocks.blocks import KeyValues, attend_to_media, choose_algorithm, dense_media_mask
 from tests.strategies import random_tensor
 from tests.tiny_flamingo import Prompt, make_flamingo
 from tests.tiny_language_models import VOCAB, WIDTH, make_lm
@@ -58,6 +58,24 @@ def test_a_block_compiles_to_one_graph_that_serves_every_layout(in_order: bool |
         is_image = media_locations(*positions)
         expected = block(hidden_states, media, MediaRuns.from_ranges(media_ranges(is_image)))
         torch.testing.assert_close(run(hidden_states, media, is_image), expected)
+    assert compiler.frame_count == 1
+
+
+def test_one_graph_serves_every_mask() -> None:
+    """Also masks that are ranges, since nobody can look; and those of which only some tokens see anything."""
+    block, compiler = make_block(), CompileCounter()
+
+    @torch.compile(backend=compiler, fullgraph=True)
+    def run(hidden_states: Tensor, media: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        runs = MediaRuns.from_mask(mask)
+        return block(hidden_states, media, runs), runs.sees_something
+
+    hidden_states, media = torch.randn(2, TEXT, WIDTH), torch.randn(2, 3, LATENTS, MEDIA_DIM)
+    in_order = dense_media_mask(media_ranges(media_locations(1, 3, 4)), 3)
+    for mask in (in_order, in_order.flip(2), in_order ^ in_order.roll(2, 2), in_order & False):
+        output, sees_something = run(hidden_states, media, mask)
+        torch.testing.assert_close(output, block(hidden_states, media, MediaRuns.from_mask(mask)))
+        assert torch.equal(sees_something, mask.any(-1))
     assert compiler.frame_count == 1
 
 

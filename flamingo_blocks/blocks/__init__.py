@@ -12,6 +12,7 @@ from flamingo_blocks.blocks.media_mask import (
     dense_media_mask,
     media_index,
     media_ranges,
+    ranges_of_mask,
 )
 from flamingo_blocks.blocks.perceiver_resampler import PerceiverLayer, PerceiverResampler
 from flamingo_blocks.blocks.resampler_baselines import (
@@ -45,4 +46,5 @@ __all__ = [
     "dense_media_mask",
     "media_index",
     "media_ranges",
+    "ranges_of_mask",
 ]

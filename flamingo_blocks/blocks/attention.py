@@ -1,7 +1,8 @@
 """Attention of text tokens over media: one entry point, several exact algorithms behind it.
 
-Every token sees a contiguous range of media, most often one medium. The cost of the algorithms that use the run table
-grows with the tokens and with what each token sees, not with the number of media in the batch.
+Every token sees a contiguous range of media, most often one medium; other masks take the dense path. The cost of the
+algorithms that use the run table grows with the tokens and with what each token sees, not with the number of media in
+the batch.
 
 Legend: `text` tokens, `media` per row, `latents` per medium, `heads` of queries, `kv_heads` of keys and values.
 """
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from flamingo_blocks.blocks.media_mask import MediaRuns, dense_media_mask
+from flamingo_blocks.blocks.media_mask import MediaRuns
 
 Algorithm = Literal["loop", "tiles", "varlen", "dense"]
 
@@ -34,9 +35,9 @@ def attend_to_media(
     *,
     algorithm: Algorithm | None = None,
 ) -> Float[Tensor, "batch text heads head_dim"]:
-    """Let each text token attend to the latents of the media in its range, and to nothing else.
+    """Let each text token attend to the latents of the media in its range or mask, and to nothing else.
 
-    A token whose range is empty gets exactly zero, and passes no gradient on. Scores are scaled by 1/sqrt(head_dim).
+    A token that sees nothing gets exactly zero, and passes no gradient on. Scores are scaled by 1/sqrt(head_dim).
 
     Args:
         queries: One vector a token and head.
@@ -54,6 +55,11 @@ def attend_to_media(
         algorithm = choose_algorithm(queries, media, runs)
     if algorithm not in _ALGORITHMS:
         raise ValueError(f"algorithm must be one of {', '.join(map(repr, _ALGORITHMS))}, got {algorithm!r}")
+    if runs.mask is not None and algorithm != "dense":
+        raise ValueError(
+            f'algorithm "{algorithm}" needs ranges, but runs hold a mask: tokens see media that are not neighbours, or '
+            'MediaRuns.from_mask was called under torch.compile; use "dense"'
+        )
     if 0 in (*queries.shape, media.keys.shape[1]):
         return torch.zeros_like(queries)
     run, dtype = _ALGORITHMS[algorithm], queries.dtype
@@ -75,7 +81,7 @@ def choose_algorithm(
       no table, so its shapes are static: the choice under `torch.compile`, and wherever the first two are not.
     - `"dense"`: all tokens against all media under a mask. The reference; the choice where all tokens see all media,
       so that no mask is needed; where there is so little to compute that a call per run would take longer; and, instead
-      of tiles, where there is one token or one medium, or runs are not in order.
+      of tiles, where there is one token or one medium, or runs are not in order. The only one where runs hold a mask.
     """
     num_media, latents = media.keys.shape[1:3]
     static = torch.compiler.is_compiling() or runs.table is None
@@ -187,7 +193,7 @@ def _dense(
     num_media, latents = media.keys.shape[1:3]
     if not torch.compiler.is_compiling() and runs.sees_all(num_media):
         return _attend(queries, media.keys.flatten(1, 2), media.values.flatten(1, 2))
-    mask = dense_media_mask(runs.ranges, num_media)
+    mask = runs.dense_mask(num_media)
     # Kernels differ in what they return where everything is masked, some NaN, also as gradient: such tokens attend
     # everywhere here and are set to zero afterwards.
     sees_something = mask.any(-1, keepdim=True)

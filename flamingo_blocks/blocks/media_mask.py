@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Literal, NamedTuple, get_args
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -113,6 +114,45 @@ def dense_media_mask(ranges: Int[Tensor, "batch text 2"], media: int) -> Bool[Te
     return (ranges[..., :1] <= index) & (index < ranges[..., 1:])
 
 
+def ranges_of_mask(mask: Bool[Tensor, "batch text media"]) -> Int[Tensor, "batch text 2"]:
+    """Give the ranges that say the same as a mask: `dense_media_mask` the other way round.
+
+    The mask is read back from the device.
+
+    Args:
+        mask: True where the token sees the medium, as IDEFICS and Llama 3.2 Vision have it; for the latter, each tile
+            of an image is a medium.
+
+    Returns:
+        (start, stop) for each token; (0, 0) where it sees nothing.
+
+    Raises:
+        ValueError: If the media that a token sees are not neighbours, so that no range says it, or `mask` is no mask.
+    """
+    ranges, is_contiguous = _hulls(mask)
+    if not is_contiguous.all():
+        row, token = (~is_contiguous).nonzero()[0].tolist()
+        raise ValueError(
+            "mask must let each token see neighbouring media, which a range can name, but at row "
+            f"{row}, token {token} it names {mask[row, token].nonzero().flatten().tolist()}"
+        )
+    return ranges
+
+
+def _hulls(mask: Tensor) -> tuple[Int[Tensor, "batch text 2"], Bool[Tensor, "batch text"]]:
+    """Give each token the shortest range that holds all that it sees, and tell whether it sees all of the range."""
+    if mask.ndim != 3 or mask.dtype != torch.bool:
+        raise ValueError(
+            "mask must be boolean of shape (batch, text, media), True where the token sees the medium, got "
+            f"{mask.dtype} of shape {tuple(mask.shape)}"
+        )
+    # Sums, since there may be no media to take a minimum of.
+    start = (mask.cumsum(-1) == 0).sum(-1)
+    stop = (mask.flip(-1).cumsum(-1) > 0).sum(-1)
+    ranges = torch.stack([start, stop], dim=-1).masked_fill((start >= stop)[..., None], 0)
+    return ranges, ranges[..., 1] - ranges[..., 0] == mask.sum(-1)
+
+
 class MediaRun(NamedTuple):
     """A stretch of neighbouring tokens of one row that see the same media.
 
@@ -135,20 +175,24 @@ class MediaRun(NamedTuple):
 class MediaRuns:
     """The ranges of a batch with its table of runs: built once per forward, shared by all layers.
 
-    Build it with `from_ranges`.
+    Build it with `from_ranges` or `from_mask`.
 
     Attributes:
-        ranges: As given by `media_ranges`.
+        ranges: As given by `media_ranges`. Where there is a mask, from the first medium that the token sees to the last
+            one, and (0, 0) if it sees nothing.
         table: Every token is in exactly one run; runs are maximal and in the order of the tokens, row by row.
             None under `torch.compile`, where reading values back would break the graph; the static-shape algorithms
-            use `ranges` alone.
+            use `ranges` alone. None, too, where there is a mask.
         in_order: Whether each token sees at most one medium, and none that comes before one that an earlier token of
             its row sees: so it is under `"last"` and `"next"`.
+        mask: What each token sees, if ranges cannot say it; only dense attention knows what to do with it. None: the
+            ranges say it.
     """
 
     ranges: Int[Tensor, "batch text 2"]
     table: tuple[MediaRun, ...] | None
     in_order: bool = False
+    mask: Bool[Tensor, "batch text media"] | None = None
 
     @classmethod
     def from_ranges(
@@ -192,16 +236,41 @@ class MediaRuns:
             )
         return cls(ranges, table, is_in_order)
 
-    def sees_all(self, num_media: int) -> bool:
-        """Whether every token is known to see all media of its row."""
-        return self.table is not None and all(
-            run.media_start == 0 and run.media_stop == num_media for run in self.table
-        )
+    @classmethod
+    def from_mask(cls, mask: Bool[Tensor, "batch text media"]) -> "MediaRuns":
+        """Say by a mask what each token sees, as IDEFICS and Llama 3.2 Vision do.
+
+        Where all tokens see neighbouring media, these are the runs that `from_ranges` makes of their ranges. Else the
+        mask is kept, and attention is dense. So it is under `torch.compile` in any case, where the mask cannot be
+        looked at: give it ranges if there are some.
+
+        Args:
+            mask: True where the token sees the medium. For Llama 3.2 Vision, each tile of an image is a medium.
+
+        Raises:
+            ValueError: If `mask` is not boolean, or not of three axes.
+        """
+        ranges, is_contiguous = _hulls(mask)
+        if not torch.compiler.is_compiling() and is_contiguous.all():
+            return cls.from_ranges(ranges)
+        return cls(ranges, None, mask=mask)
 
     @property
     def sees_something(self) -> Bool[Tensor, "batch text"]:
         """Which tokens see any medium."""
         return self.ranges[..., 0] < self.ranges[..., 1]
+
+    def dense_mask(self, num_media: int) -> Bool[Tensor, "batch text media"]:
+        """Spell out what each token sees, for so many media a row."""
+        if self.mask is None:
+            return dense_media_mask(self.ranges, num_media)
+        return F.pad(self.mask, (0, num_media - self.mask.shape[-1]))
+
+    def sees_all(self, num_media: int) -> bool:
+        """Whether every token is known to see all media of its row."""
+        return self.table is not None and all(
+            run.media_start == 0 and run.media_stop == num_media for run in self.table
+        )
 
     def segments(self, num_media: int) -> "MediaSegments":
         """Give the runs as segments of neighbouring tokens, one for each medium; they must be in order."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from flamingo_blocks import MediaRuns
 from flamingo_blocks.blocks import Algorithm, KeyValues, attend_to_media, choose_algorithm, dense_media_mask
 from tests import reference
-from tests.strategies import Layout, layouts, long_layouts, random_tensor, seeds
+from tests.strategies import Layout, layouts, long_layouts, masks, random_tensor, seeds
 
 algorithms = st.sampled_from(get_args(Algorithm))
 LATENTS, HEADS, HEAD_DIM = 3, 4, 5
@@ -75,6 +75,67 @@ def check_algorithm(layout: Layout, seed: int, kv_heads: int, algorithm: Algorit
             torch.autograd.grad((output * weights).sum(), inputs),
             torch.autograd.grad((expected * weights).sum(), inputs),
         )
+
+
+def media_like(mask: Tensor, seed: int, *, padding: int = 0) -> tuple[Tensor, KeyValues]:
+    """Queries and media for a mask."""
+    batch, text, media = mask.shape
+    queries = random_tensor(seed, batch, text, HEADS, HEAD_DIM, requires_grad=True)
+    shape = (batch, media + padding, LATENTS, 2, HEAD_DIM)
+    keys, values = (random_tensor(seed + i, *shape, requires_grad=True) for i in (1, 2))
+    return queries, KeyValues(keys, values)
+
+
+@given(masks(), seeds, st.integers(0, 1))
+def test_any_mask_equals_the_loop_oracle_gradients_included(mask: Tensor, seed: int, padding: int) -> None:
+    queries, media = media_like(mask, seed, padding=padding)
+    output = attend_to_media(queries, media, MediaRuns.from_mask(mask))
+    seen = [[token.nonzero().flatten().tolist() for token in row] for row in mask]
+    expected = reference.attend_to_seen_media(queries, media, seen)
+    torch.testing.assert_close(output, expected)
+    inputs, weights = (queries, media.keys, media.values), random_tensor(seed + 3, *output.shape)
+    if mask.any():
+        torch.testing.assert_close(
+            torch.autograd.grad((output * weights).sum(), inputs),
+            torch.autograd.grad((expected * weights).sum(), inputs),
+        )
+
+
+@given(masks(), seeds)
+def test_under_any_mask_only_seen_media_reach_a_token_and_those_that_see_nothing_get_zero(
+    mask: Tensor, seed: int
+) -> None:
+    queries, media = media_like(mask, seed)
+    runs, changed = MediaRuns.from_mask(mask), seed % mask.shape[-1]
+    before = attend_to_media(queries, media, runs)
+    with torch.no_grad():
+        media.values[:, changed] = torch.nan
+    after = attend_to_media(queries, media, runs)
+    sees_it, sees_nothing = mask[..., changed], ~mask.any(-1)
+    assert after[sees_it].isnan().all()
+    torch.testing.assert_close(after[~sees_it], before[~sees_it])
+    assert (after[sees_nothing] == 0).all()
+    if after.requires_grad:
+        (gradient,) = torch.autograd.grad(after.sum(), queries, allow_unused=True, materialize_grads=True)
+        assert gradient[~sees_it].isfinite().all()
+        assert (gradient[sees_nothing] == 0).all()
+
+
+@pytest.mark.parametrize("algorithm", [name for name in get_args(Algorithm) if name != "dense"])
+def test_a_mask_that_no_ranges_can_say_is_for_dense_attention_alone(algorithm: Algorithm) -> None:
+    mask = torch.tensor([[[True, False, True]] * 40])
+    queries, media = media_like(mask, 0)
+    runs = MediaRuns.from_mask(mask)
+    assert choose_algorithm(queries, media, runs) == choose_algorithm(queries.to("meta"), media, runs) == "dense"
+    with pytest.raises(ValueError, match=f'algorithm "{algorithm}" needs ranges, but runs hold a mask'):
+        attend_to_media(queries, media, runs, algorithm=algorithm)
+
+
+def test_a_mask_that_names_more_media_than_there_are_is_an_error() -> None:
+    mask = torch.tensor([[[True, False, True]]])
+    queries, media = media_like(mask[..., :2], 0)
+    with pytest.raises(ValueError, match="runs name 3 media in a row, but there are 2"):
+        attend_to_media(queries, media, MediaRuns.from_mask(mask))
 
 
 @given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 3), st.integers(0, 1), seeds, algorithms)

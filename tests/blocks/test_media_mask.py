@@ -1,14 +1,16 @@
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from flamingo_blocks import MediaRuns, media_index, media_ranges
-from flamingo_blocks.blocks import dense_media_mask
+from flamingo_blocks.blocks import dense_media_mask, ranges_of_mask
 from tests import reference
-from tests.strategies import Layout, layouts
+from tests.strategies import Layout, layouts, masks
 
 
 @given(layouts())
@@ -74,6 +76,81 @@ def test_dense_mask_spells_the_ranges_out(layout: Layout) -> None:
         for token in range(layout.text):
             start, stop = layout.ranges[row, token].tolist()
             assert mask[row, token].nonzero().flatten().tolist() == list(range(start, stop))
+
+
+# ---------------------------------------------------------------- masks
+
+
+@given(layouts(), st.integers(0, 2))
+def test_a_mask_that_spells_ranges_out_is_those_ranges(layout: Layout, more: int) -> None:
+    mask = dense_media_mask(layout.ranges, int(layout.num_media.max()) + more)
+    runs = MediaRuns.from_mask(mask)
+    assert torch.equal(ranges_of_mask(mask), layout.ranges)
+    assert torch.equal(runs.ranges, layout.ranges)
+    assert (runs.table, runs.in_order, runs.mask) == (layout.runs.table, layout.runs.in_order, None)
+
+
+def seen_by(mask: Tensor) -> list[list[list[int]]]:
+    """The media that each token of each row sees."""
+    return [[[i for i, sees in enumerate(token) if sees] for token in row] for row in mask.tolist()]
+
+
+@given(masks(), st.booleans())
+def test_a_mask_is_kept_exactly_where_a_token_sees_media_that_are_not_neighbours(mask: Tensor, only_one: bool) -> None:
+    if only_one:  # alone, such tokens are seldom
+        mask[1:], mask[:, 1:] = False, False
+    seen = seen_by(mask)
+    gaps = [
+        (row, token)
+        for row, tokens in enumerate(seen)
+        for token, media in enumerate(tokens)
+        if media != list(range(media[0], media[-1] + 1) if media else [])
+    ]
+    runs = MediaRuns.from_mask(mask)
+    if not gaps:
+        assert runs.mask is None
+        assert torch.equal(dense_media_mask(ranges_of_mask(mask), mask.shape[-1]), mask)
+        return
+    assert runs.mask is mask
+    assert runs.table is None
+    assert not runs.in_order
+    row, token = gaps[0]
+    with pytest.raises(ValueError, match=rf"at row {row}, token {token} it names \[{str(seen[row][token])[1:-1]}\]"):
+        ranges_of_mask(mask)
+
+
+@given(masks())
+def test_runs_know_what_their_mask_reaches(mask: Tensor) -> None:
+    runs, seen = MediaRuns.from_mask(mask), seen_by(mask)
+    hulls = [[[media[0], media[-1] + 1] if media else [0, 0] for media in tokens] for tokens in seen]
+    assert runs.ranges.tolist() == hulls
+    assert runs.sees_something.tolist() == [[bool(media) for media in tokens] for tokens in seen]
+    assert runs.media_stop == max(stop for tokens in hulls for _, stop in tokens)
+    assert runs.sees_all(mask.shape[-1]) == bool(mask.all())
+    for media in range(runs.media_stop, mask.shape[-1] + 2):
+        spelled_out = runs.dense_mask(media)
+        assert spelled_out.shape[-1] == media
+        assert seen_by(spelled_out) == seen
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 0), (2, 0, 3), (0, 2, 3)])
+def test_a_mask_without_media_or_text_or_rows_shows_nothing(shape: tuple[int, ...]) -> None:
+    mask = torch.ones(shape, dtype=torch.bool)
+    assert torch.equal(ranges_of_mask(mask), torch.zeros(*shape[:2], 2, dtype=torch.long))
+    runs = MediaRuns.from_mask(mask)
+    assert runs.mask is None
+    assert runs.media_stop == 0
+
+
+@pytest.mark.unchecked
+@pytest.mark.parametrize("make", [ranges_of_mask, MediaRuns.from_mask])
+def test_what_is_no_mask_is_refused(make: Any) -> None:
+    for wrong in (torch.ones(2, 3, 4), torch.ones(2, 3, dtype=torch.bool)):
+        with pytest.raises(ValueError, match=r"mask must be boolean of shape \(batch, text, media\).* got torch"):
+            make(wrong)
+
+
+# ---------------------------------------------------------------- checks
 
 
 @given(layouts(), st.data())
