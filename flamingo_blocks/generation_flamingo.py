@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import GenerationMixin
 from transformers.generation.logits_process import UnbatchedClassifierFreeGuidanceLogitsProcessor
 
+from flamingo_blocks.blocks.media_mask import ranges_of_mask
 from flamingo_blocks.configuration_flamingo import CACHE_NAMES, FlamingoConfig
 from flamingo_blocks.injection import LMLayerInjector
 from flamingo_blocks.language import ordinary_token
@@ -49,6 +50,8 @@ class FlamingoGenerationMixin(GenerationMixin):
         num_frames: Int[Tensor, "batch media"] | None = None,
         vision_features: Float[Tensor, "batch media frames patches vision_dim"] | None = None,
         media_cache: MediaCache | None = None,
+        media_ranges: Int[Tensor, "batch text 2"] | None = None,
+        media_mask: Bool[Tensor, "batch text all_media"] | None = None,
         **kwargs: Any,
     ) -> Any:
         """Continue texts, as `generate` of any model of transformers does.
@@ -71,19 +74,30 @@ class FlamingoGenerationMixin(GenerationMixin):
             num_frames: See `forward`.
             vision_features: See `forward`.
             media_cache: An empty cache to be filled, or that of earlier text.
+            media_ranges: What each token of the prompts sees, if that is not what `config.attend` says; then nothing is
+                made of `<image>` tokens, which may be more or fewer than the media. What is generated sees what the
+                last token of its prompt sees. With caches of earlier text, ranges for the new text are enough; they
+                count all media of their row, those of earlier text too.
+            media_mask: The same as a mask: True where the token sees the medium. All tokens must see neighbouring
+                media.
             **kwargs: As in transformers.
 
         Raises:
-            ValueError: If a row's `<image>` tokens and media do not agree in number, only one of the two caches of
-                earlier text is there, or an option cannot be right here.
+            ValueError: If a row's `<image>` tokens and media do not agree in number, ranges or mask do not fit text and
+                media, only one of the two caches of earlier text is there, or an option cannot be right here.
         """
+        if media_mask is not None:
+            media_ranges = ranges_to_keep(media_ranges, media_mask)
         kwargs |= zip(list(inspect.signature(GenerationMixin.generate).parameters)[2:], args, strict=False)
         self._check_generate(kwargs)
         input_ids = kwargs.get("input_ids") if inputs is None else inputs
         if input_ids is None:
             embeddings = kwargs.get("inputs_embeds")
-            if embeddings is not None and (pixel_values is not None or vision_features is not None):
-                raise ValueError("inputs_embeds do not tell where the <image> tokens are; pass input_ids as well")
+            has_media = pixel_values is not None or vision_features is not None
+            if embeddings is not None and has_media and media_ranges is None:
+                raise ValueError(
+                    "inputs_embeds do not tell where the <image> tokens are; pass input_ids or media_ranges as well"
+                )
             # Without any prompt, transformers begins with one row of one token.
             input_ids = torch.zeros(1, 1, dtype=torch.long, device=self.device) if embeddings is None else embeddings
         if self.config.decoding == "uncached":
@@ -102,6 +116,8 @@ class FlamingoGenerationMixin(GenerationMixin):
                 f"there is no new text: input_ids have {input_ids.shape[1]} tokens, {self._cache_name} {start}; pass "
                 "the whole text, or new text alone together with an attention_mask over all of it"
             )
+        if media_ranges is not None:
+            media_ranges = _of_new_text(media_ranges, input_ids, text)
         draft = kwargs.get("assistant_model")
         if start and (draft is not None or self._option(kwargs, "prompt_lookup_num_tokens")):
             raise ValueError(
@@ -115,7 +131,7 @@ class FlamingoGenerationMixin(GenerationMixin):
                     "vision_features"
                 )
             if kwargs.get("assistant_tokenizer") is None:
-                kwargs["assistant_model"] = self._as_draft(draft, input_ids, pixel_values, num_frames)
+                kwargs["assistant_model"] = self._as_draft(draft, input_ids, pixel_values, num_frames, media_ranges)
             elif isinstance(draft, FlamingoGenerationMixin):
                 raise ValueError(
                     "a Flamingo as assistant_model must have the same tokens; leave out assistant_tokenizer"
@@ -123,7 +139,7 @@ class FlamingoGenerationMixin(GenerationMixin):
         before = dict(vars(media_cache))
         transformers_generate: Any = super().generate
         try:
-            self._announce(media_cache, text, pixel_values, num_frames, vision_features, start=start)
+            self._announce(media_cache, text, pixel_values, num_frames, vision_features, media_ranges, start=start)
             output = transformers_generate(inputs, media_cache=media_cache, **kwargs)
         except BaseException:
             vars(media_cache).update(before)  # a call that failed has not happened
@@ -150,9 +166,11 @@ class FlamingoGenerationMixin(GenerationMixin):
             raise ValueError(
                 f"{name} generates by other logits than those of its forward; only its forward can be used here"
             )
-        for argument in ("document_ids", "media_ranges"):
-            if kwargs.get(argument) is not None:
-                raise ValueError(f"generate takes no {argument}: what a prompt sees follows from its <image> tokens")
+        if kwargs.get("document_ids") is not None:
+            raise ValueError(
+                "generate takes no document_ids: a prompt is one document; what else it is to see, say with "
+                "media_ranges=flamingo_blocks.media_ranges(is_image, document_ids=...)"
+            )
         for option, reason in _REFUSED.items():
             if self._option(kwargs, option):
                 raise ValueError(f"{option} cannot be used here: {reason}")
@@ -168,13 +186,21 @@ class FlamingoGenerationMixin(GenerationMixin):
         pixel_values: Tensor | None,
         num_frames: Tensor | None,
         vision_features: Tensor | None = None,
+        media_ranges: Tensor | None = None,
         *,
         start: int = 0,
     ) -> None:
         """Tell a media cache of text that will be run: encode its media, project them, and find out who sees what."""
         media, num_media = self._encode(len(text), pixel_values, num_frames, vision_features)
         key_values = self.injector.project_media(media)
-        media_cache.update(key_values, num_media, self._is_image(text), attend=self.config.attend, start=start)
+        media_cache.update(
+            key_values,
+            num_media,
+            self._is_image(text),
+            attend=self.config.attend,
+            media_ranges=media_ranges,
+            start=start,
+        )
 
     # ------------------------------------------------------------ steps
 
@@ -238,7 +264,14 @@ class FlamingoGenerationMixin(GenerationMixin):
 
     # ------------------------------------------------------------ drafts
 
-    def _as_draft(self, model: Any, input_ids: Tensor, pixel_values: Tensor | None, num_frames: Tensor | None) -> Any:
+    def _as_draft(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        pixel_values: Tensor | None,
+        num_frames: Tensor | None,
+        media_ranges: Tensor | None,
+    ) -> Any:
         """Let a model draft for this one: give it media, and let it bear the ids and give the logits of all tokens.
 
         Returns:
@@ -259,7 +292,9 @@ class FlamingoGenerationMixin(GenerationMixin):
                 )
             media_cache = MediaCache()
             pixel_values = None if pixel_values is None else pixel_values.to(model.device)
-            model._announce(media_cache, input_ids.to(model.device), pixel_values, num_frames)
+            media_ranges = None if media_ranges is None else media_ranges.to(model.device)
+            text = input_ids.to(model.device)
+            model._announce(media_cache, text, pixel_values, num_frames, media_ranges=media_ranges)
             # Not the generate of a Flamingo, which would encode the media anew for each draft.
             view.generate = partial(GenerationMixin.generate, view, media_cache=media_cache)
         elif known == _vocab_size(self.language_model.config):
@@ -311,6 +346,40 @@ def cached_rows(cache: Any) -> int | None:
     """Count the rows in a cache of attention layers. None: it is empty, or does not tell."""
     keys = getattr(next(iter(getattr(cache, "layers", None) or ()), None), "keys", None)
     return keys.shape[0] if isinstance(keys, Tensor) and keys.ndim == 4 else None
+
+
+def ranges_to_keep(
+    media_ranges: Int[Tensor, "rows text 2"] | None, media_mask: Bool[Tensor, "rows text all_media"]
+) -> Int[Tensor, "rows text 2"]:
+    """Make ranges of a mask, of which a `MediaCache` knows nothing.
+
+    Args:
+        media_ranges: Must be None: it says the same.
+        media_mask: What each token sees.
+
+    Raises:
+        ValueError: If there are both, or no ranges say the same as the mask.
+    """
+    if media_ranges is not None:
+        raise ValueError("give either media_ranges or media_mask")
+    try:
+        return ranges_of_mask(media_mask)
+    except ValueError as error:
+        raise ValueError(
+            "with caches, as in generate, what a token sees is kept as a range of media, so that media_mask cannot be "
+            f"used as it is: {error}. A forward with use_cache=False and without caches takes any mask"
+        ) from error
+
+
+def _of_new_text(media_ranges: Tensor, input_ids: Tensor, text: Tensor) -> Tensor:
+    """Take the ranges of the new text, be they given for it alone or for all text."""
+    rows, lengths = len(input_ids), sorted({input_ids.shape[1], text.shape[1]})
+    if media_ranges.shape not in [(rows, length, 2) for length in lengths]:
+        raise ValueError(
+            "media_ranges must have a range for each token of the text, or of the new text, (batch, text, 2) = "
+            f"{' or '.join(str((rows, length, 2)) for length in lengths)}, got {tuple(media_ranges.shape)}"
+        )
+    return media_ranges[:, -text.shape[1] :]
 
 
 def _split(input_ids: Tensor, cache: Any, attention_mask: Tensor | None) -> tuple[Tensor, Tensor, int]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flamingo_blocks.blocks import media_mask
 from flamingo_blocks.blocks.attention import KeyValues
-from flamingo_blocks.blocks.media_mask import Attend, MediaRuns
+from flamingo_blocks.blocks.media_mask import Attend, MediaRuns, check_ranges_fit
 
 _NOWHERE = 2**31 - 1  # where padding media stand
 
@@ -94,9 +94,9 @@ class MediaCache:
             what the last token saw.
 
         Raises:
-            ValueError: If a row's `<image>` tokens and new media do not agree in number, there are neither as many
-                rows as before nor a multiple, text would see media that were dropped, or the cache was closed. The
-                cache is then as it was.
+            ValueError: If a row's `<image>` tokens and new media do not agree in number, `media_ranges` name media that
+                are not there, there are neither as many rows as before nor a multiple, text would see media that were
+                dropped, or the cache was closed. The cache is then as it was.
         """
         if self._closed_by is not None:
             raise ValueError(
@@ -114,15 +114,19 @@ class MediaCache:
             MediaRuns.from_ranges(media_mask.media_ranges(media_locations), num_media=num_media)
         end = 0 if self._ranges is None else self._start + self._ranges.shape[1]
         start = end if start is None else start
-        if self.num_media is None or self._num_held is None:
-            self.num_media = self._num_held = torch.zeros_like(num_media)
-            self._positions = torch.empty(batch, 0, dtype=torch.long, device=media_locations.device)
-        num_left = self._num_held if start >= end else self._count_before(start)
-        num_dropped = self.num_media - self._num_held if start else torch.zeros_like(self.num_media)
-        times = batch // self.rows
-        if media_ranges is not None and num_dropped.any():
-            _without(media_ranges, num_dropped.repeat_interleave(times).to(media_ranges.device))  # refused if need be
+        nothing = torch.zeros_like(num_media)
+        had, held = self.num_media, self._num_held
+        had, held = (nothing, nothing) if had is None or held is None else (had, held)
+        num_left = held if start >= end else self._count_before(start)
+        num_dropped = had - held if start else torch.zeros_like(had)
+        times = batch // had.shape[0]
+        if media_ranges is not None:  # refused if need be
+            check_ranges_fit(media_ranges, (num_dropped + num_left).repeat_interleave(times) + num_media)
+            if num_dropped.any():
+                _without(media_ranges, num_dropped.repeat_interleave(times).to(media_ranges.device))
         # Nothing can fail any more.
+        if self._positions is None:
+            self._positions = torch.empty(batch, 0, dtype=torch.long, device=media_locations.device)
         self.num_media, self._num_held = num_dropped + num_left, num_left
         if times > 1:
             self._repeat_rows(times)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, no_type_check
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForImageTextToText, PreTrainedModel
@@ -48,10 +48,17 @@ from flamingo_blocks.blocks import (
     PerceiverResampler,
     TanhGate,
     choose_algorithm,
-    media_mask,
+    media_ranges,
 )
+from flamingo_blocks.blocks.media_mask import check_ranges_fit
 from flamingo_blocks.configuration_flamingo import CACHE_NAMES, FlamingoConfig
-from flamingo_blocks.generation_flamingo import FlamingoGenerationMixin, cached_length, cached_rows, pop_cache
+from flamingo_blocks.generation_flamingo import (
+    FlamingoGenerationMixin,
+    cached_length,
+    cached_rows,
+    pop_cache,
+    ranges_to_keep,
+)
 from flamingo_blocks.injection import LMLayerInjector
 from flamingo_blocks.language import find_decoder_layers, find_hidden_size, ordinary_token
 from flamingo_blocks.media_cache import MediaCache
@@ -297,6 +304,7 @@ class FlamingoForConditionalGeneration(FlamingoGenerationMixin, PreTrainedModel)
         vision_features: Float[Tensor, "batch media frames patches vision_dim"] | None = None,
         document_ids: Int[Tensor, "batch text"] | None = None,
         media_ranges: Int[Tensor, "rows text 2"] | None = None,
+        media_mask: Bool[Tensor, "rows text all_media"] | None = None,
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> Any:
@@ -319,7 +327,13 @@ class FlamingoForConditionalGeneration(FlamingoGenerationMixin, PreTrainedModel)
             vision_features: Instead of `pixel_values`, see `encode_media`.
             document_ids: For packed documents, see `flamingo_blocks.media_ranges`.
             media_ranges: What each token sees, if that is not what `config.attend` says, e.g. by document. Rows of
-                text that share media, as beams do, may share a row here.
+                text that share media, as beams do, may share a row here. They count all media of their row, those in
+                `media_cache` too. Then nothing is made of `<image>` tokens, which may be more or fewer than the media.
+                A later call without them follows `config.attend` again.
+            media_mask: The same as a mask: True where the token sees the medium. It is as good as ranges where all
+                tokens see neighbouring media. Else it needs a forward without caches, as in training; then
+                `use_cache=None` means none, and attention is dense. So it is under `torch.compile`, which cannot look
+                at the mask.
             past_key_values: The same as `cache`, whose name it is in transformers before 5.24.
             **kwargs: Passed on to the language model.
 
@@ -327,8 +341,8 @@ class FlamingoForConditionalGeneration(FlamingoGenerationMixin, PreTrainedModel)
             A `FlamingoCausalLMOutput`, a tuple with `return_dict=False`.
 
         Raises:
-            ValueError: If shapes are wrong, a row's `<image>` tokens and media do not agree in number, or there is more
-                than one cache.
+            ValueError: If shapes are wrong, a row's `<image>` tokens and media do not agree in number, ranges or mask
+                name media that are not there, the mask cannot be kept in a cache, or there is more than one cache.
         """
         return_dict = kwargs.pop("return_dict", None)
         kwargs |= {"cache": cache, "past_key_values": past_key_values}
@@ -339,6 +353,16 @@ class FlamingoForConditionalGeneration(FlamingoGenerationMixin, PreTrainedModel)
         if labels is not None and labels.shape != text.shape[:2]:
             raise ValueError(f"labels must have the text's shape, {tuple(text.shape[:2])}, got {tuple(labels.shape)}")
         has_media = pixel_values is not None or vision_features is not None
+        runs = None
+        if media_mask is not None:
+            if use_cache or cache is not None or media_cache is not None:
+                media_ranges = ranges_to_keep(media_ranges, media_mask)
+            elif media_ranges is not None:
+                raise ValueError("give either media_ranges or media_mask")
+            elif (runs := MediaRuns.from_mask(media_mask)).mask is None:
+                media_ranges, runs = runs.ranges, None
+            else:
+                use_cache = False
         if not torch.compiler.is_compiling():
             self._check_call(kwargs, text, cache, media_cache, media_ranges)
         if self.config.decoding != "cached":
@@ -374,19 +398,27 @@ class FlamingoForConditionalGeneration(FlamingoGenerationMixin, PreTrainedModel)
                     start=cached_length(cache) if cache is not None else None,
                 )
                 num_media = None
+            elif runs is not None:
+                check_ranges_fit(runs.ranges, num_media)
             elif media_ranges is None:
-                media_ranges = media_mask.media_ranges(is_image, document_ids=document_ids, attend=self.config.attend)
+                media_ranges = self._ranges(is_image, document_ids)
             else:
+                check_ranges_fit(media_ranges, num_media)
                 num_media = None
-        if media_cache is not None:
-            media, media_ranges = media_cache.key_values, media_cache.over_held(media_ranges)
-        rows, rows_of_ranges = text.shape[0], media_ranges.shape[0]
-        if rows % rows_of_ranges:
-            raise ValueError(f"media_ranges have {rows_of_ranges} rows, which must divide the text's, {rows}")
-        rows_per_media = rows // rows_of_ranges
-        runs = MediaRuns.from_ranges(
-            media_ranges.repeat(1, rows_per_media, 1), num_media=num_media, in_order=in_order and rows_per_media == 1
-        )
+        rows_per_media = 1
+        if runs is None:
+            assert media_ranges is not None
+            if media_cache is not None:
+                media, media_ranges = media_cache.key_values, media_cache.over_held(media_ranges)
+            rows, rows_of_ranges = text.shape[0], media_ranges.shape[0]
+            if rows % rows_of_ranges:
+                raise ValueError(f"media_ranges have {rows_of_ranges} rows, which must divide the text's, {rows}")
+            rows_per_media = rows // rows_of_ranges
+            runs = MediaRuns.from_ranges(
+                media_ranges.repeat(1, rows_per_media, 1),
+                num_media=num_media,
+                in_order=in_order and rows_per_media == 1,
+            )
         arguments = {
             "attention_mask": attention_mask,
             "position_ids": position_ids,
@@ -462,6 +494,10 @@ class FlamingoForConditionalGeneration(FlamingoGenerationMixin, PreTrainedModel)
             arguments["input_ids"] = input_ids
         with tokens:
             return self.language_model(**arguments, return_dict=True)
+
+    def _ranges(self, is_image: Tensor, document_ids: Tensor | None = None) -> Tensor:
+        """What each token sees, by the model's rule."""
+        return media_ranges(is_image, document_ids=document_ids, attend=self.config.attend)
 
     def _is_image(self, text: Tensor) -> Tensor:
         if text.is_floating_point():  # embeddings tell no tokens
@@ -764,7 +800,7 @@ class FlamingoForConditionalGeneration(FlamingoGenerationMixin, PreTrainedModel)
         media_like = queries.new_empty(1, media, self.config.num_latents, block.kv_heads, block.head_dim)
         is_image = torch.zeros(1, text, dtype=torch.bool, device="cpu")
         is_image[:, torch.arange(media) * text // media] = True
-        runs = MediaRuns.from_ranges(media_mask.media_ranges(is_image, attend=self.config.attend))
+        runs = MediaRuns.from_ranges(self._ranges(is_image))
         return str(block.algorithm or choose_algorithm(queries, KeyValues(media_like, media_like), runs))
 
 
@@ -779,7 +815,7 @@ _DECODING = {
 # What a language model may not know, and can do without: it has no positions, or gives all logits.
 _OPTIONAL = ("position_ids", "logits_to_keep", "use_cache")
 # What only this model knows: never meant for the language model.
-_OWN = ("pixel_values", "num_frames", "media_cache", "media_ranges", "document_ids", "vision_features")
+_OWN = ("pixel_values", "num_frames", "media_cache", "media_ranges", "media_mask", "document_ids", "vision_features")
 _WRAPPED_BY_PEFT = (
     '; or, if PEFT was told modules_to_save=["{}"], it runs a copy that nobody calls: pass '
     "modules_to_save=model.trained_module_names() instead"

@@ -229,6 +229,19 @@ def test_a_whole_model_compiles_to_one_graph_that_serves_every_layout(name: str)
     assert compiler.frame_count == 1
 
 
+def test_a_whole_model_compiles_to_one_graph_that_serves_every_mask() -> None:
+    model, compiler = make_flamingo()[0], CompileCounter()
+    run: Any = torch.compile(model, backend=compiler, fullgraph=True)
+    prompt = Prompt.make(model)
+    prompt.num_frames = torch.ones(2, 3, dtype=torch.long)
+    prompt.pixel_values = torch.cat([prompt.pixel_values, prompt.pixel_values[:, :1]], dim=1)
+    in_order = dense_media_mask(media_ranges(prompt.is_image), 3)
+    for mask in (in_order, in_order | in_order.flip(2), in_order.flip(2)):
+        expected = model(**prompt.inputs, media_mask=mask)
+        torch.testing.assert_close(run(**prompt.inputs, media_mask=mask).logits, expected.logits)
+    assert compiler.frame_count == 1
+
+
 def _media_at(prompt: Prompt, *positions: int) -> dict[str, Any]:
     """The prompt's inputs with an `<image>` at other places of both rows."""
     input_ids = torch.where(prompt.is_image, 50, prompt.input_ids)

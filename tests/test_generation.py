@@ -17,7 +17,8 @@ from transformers import (
     TextStreamer,
 )
 
-from flamingo_blocks import FlamingoForConditionalGeneration, MediaCache
+from flamingo_blocks import FlamingoForConditionalGeneration, MediaCache, media_ranges
+from flamingo_blocks.blocks import dense_media_mask
 from tests.strategies import attends
 from tests.tiny_flamingo import Prompt, make_flamingo, make_tokenizer
 from tests.tiny_language_models import CONFIGS, VOCAB, make_lm
@@ -130,6 +131,102 @@ def test_media_are_encoded_and_projected_once_however_text_is_generated(mode: st
     counts = count_encodings(model)
     model.generate(**Prompt.make(model).inputs, **LONG | MODES[mode])
     assert counts() == (1, len(model.injector.blocks))
+
+
+@pytest.mark.parametrize("mode", [m for m in MODES if m != "prompt lookup"])
+@pytest.mark.parametrize(("attend", "form"), [("last", "ranges"), ("all_previous", "mask"), ("next", "ranges")])
+def test_ranges_that_are_those_of_the_rule_change_nothing(mode: str, attend: Any, form: str) -> None:
+    model, _ = make_flamingo(attend=attend)
+    prompt = Prompt.make(model)
+    inputs = left_padded(prompt)
+    ranges = media_ranges(inputs["input_ids"] == prompt.image_token_id, attend=attend)
+    seen: Any = {"media_ranges": ranges} if form == "ranges" else {"media_mask": dense_media_mask(ranges, 2)}
+    torch.manual_seed(0)
+    expected = model.generate(**inputs, **LONG | MODES[mode])
+    torch.manual_seed(0)
+    assert torch.equal(model.generate(**inputs, **LONG | MODES[mode], **seen), expected)
+
+
+def tiles(model: FlamingoForConditionalGeneration) -> tuple[dict[str, Any], Tensor]:
+    """A left-padded prompt with an `<image>` a row: three tiles in row 0, two in row 1, which see another text each."""
+    prompt, later = Prompt.make(model), Prompt.make(model, seed=1)
+    prompt.input_ids[0, 4] = 50
+    inputs = left_padded(prompt)
+    inputs["pixel_values"] = torch.cat([prompt.pixel_values, later.pixel_values[:, :1]], dim=1)
+    inputs["num_frames"] = torch.tensor([[1, 1, 1], [1, 2, 0]])
+    ranges = torch.zeros(2, 8, 2, dtype=torch.long)
+    ranges[0, 1:4], ranges[0, 4:] = torch.tensor([0, 3]), torch.tensor([1, 3])
+    ranges[1, 6:] = torch.tensor([0, 2])
+    return inputs, ranges
+
+
+@every_lm
+@pytest.mark.parametrize("mode", ["greedy", "chunks", "static", "beams", "prompt lookup", "draft"])
+def test_what_is_generated_sees_what_the_last_token_of_its_prompt_sees(name: str, mode: str) -> None:
+    """An `<image>` may have several media, as an image in tiles. The law is the greedy choice of full forwards."""
+    if name == "mamba" and mode in (*NOT_RECURRENT, "draft"):
+        pytest.skip("the language model cannot")
+    model, _ = make_flamingo(name)
+    inputs, ranges = tiles(model)
+    options: dict[str, Any] = {**LONG, **MODES.get(mode, {}), "suppress_tokens": None}
+    if mode in ("prompt lookup", "draft"):
+        inputs, ranges = {key: value[:1] for key, value in inputs.items()}, ranges[:1]
+    if mode == "draft":
+        options["assistant_model"] = make_flamingo("gpt2")[0]
+    text = model.generate(**inputs, **options, media_ranges=ranges)
+    seen = torch.cat([ranges, ranges[:, -1:].expand(-1, 8, -1)], dim=1)
+    mask = F.pad(inputs.pop("attention_mask"), (0, 8), value=1)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    given_positions = {"position_ids": positions} if model.config.decoding_position_ids else {}
+    inputs |= {"input_ids": text, "attention_mask": mask, **given_positions, "media_ranges": seen}
+    with torch.no_grad():
+        logits = model(**inputs, use_cache=False).logits[:, 7:-1]
+    if mode == "beams":  # as good as what is found without the cache
+        inputs = {k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask", "position_ids")}
+        plain: dict[str, Any] = {**options, "use_cache": False, "attention_mask": mask[:, :8]}
+        assert torch.equal(text, model.generate(text[:, :8], **plain, **inputs | {"media_ranges": ranges}))
+    else:
+        assert torch.equal(logits.argmax(-1), text[:, 8:])
+
+
+@pytest.mark.parametrize("given", ["whole text", "new text"])
+def test_a_conversation_goes_on_with_ranges(given: str) -> None:
+    """They count all media; the second turn's are looked at again in the third, which has none of its own."""
+    model, _ = make_flamingo()
+    inputs, ranges = tiles(model)
+    later = Prompt.make(model, seed=2)
+    caches: dict[str, Any] = {"cache": DynamicCache(), "media_cache": MediaCache()}
+    mask, num_new = inputs["attention_mask"], torch.tensor([[1, 1], [1, 0]])
+    text = model.generate(**inputs, **LONG, **caches, media_ranges=ranges)
+    turns: list[tuple[dict[str, Any], list[list[int]]]] = [
+        ({"pixel_values": later.pixel_values, "num_frames": num_new}, [[2, 5], [1, 3]]),
+        ({}, [[3, 4], [2, 3]]),
+    ]
+    for media, see in turns:
+        text = torch.cat([text, torch.tensor([[50, 51], [52, 53]])], dim=1)
+        mask = F.pad(mask, (0, text.shape[1] - mask.shape[1]), value=1)
+        generated = ranges[:, -1:].expand(-1, text.shape[1] - 2 - ranges.shape[1], -1)
+        ranges = torch.cat([ranges, generated, torch.tensor(see)[:, None].expand(-1, 2, -1)], dim=1)
+        new = ranges[:, caches["cache"].get_seq_length() :] if given == "new text" else ranges
+        before, text = text, model.generate(text, attention_mask=mask, **media, **LONG, **caches, media_ranges=new)
+    pixel_values = F.pad(inputs["pixel_values"], (0, 0) * 4 + (0, 2))
+    pixel_values[0, 3:], pixel_values[1, 2] = later.pixel_values[0], later.pixel_values[1, 0]
+    num_frames = torch.tensor([[1, 1, 1, 1, 1], [1, 2, 1, 0, 0]])
+    all_media: dict[str, Any] = {"pixel_values": pixel_values, "num_frames": num_frames}
+    assert torch.equal(text, model.generate(before, attention_mask=mask, **all_media, **LONG, media_ranges=ranges))
+
+
+@pytest.mark.unchecked
+def test_ranges_that_do_not_fit_the_text_are_refused() -> None:
+    model, _ = make_flamingo()
+    inputs, ranges = tiles(model)
+    caches: dict[str, Any] = {"cache": DynamicCache(), "media_cache": MediaCache()}
+    with pytest.raises(ValueError, match=r"\(2, 8, 2\), got \(2, 7, 2\)"):
+        model.generate(**inputs, **LONG, **caches, media_ranges=ranges[:, 1:])
+    text = model.generate(**inputs, **LONG, **caches, media_ranges=ranges)
+    for wrong in (ranges[:1], ranges[..., 0], ranges):
+        with pytest.raises(ValueError, match=r"of the new text, .* = \(2, 1, 2\) or \(2, 16, 2\), got \("):
+            model.generate(text, **LONG, **caches, media_ranges=wrong)
 
 
 def count_encodings(model: FlamingoForConditionalGeneration) -> Any:
@@ -245,17 +342,22 @@ def test_drafts_that_cannot_be_right_are_refused() -> None:
 
 @pytest.mark.parametrize("use_cache", [True, False])
 @pytest.mark.parametrize("negative", [True, False])
-def test_guidance_leads_away_from_the_text_without_media(use_cache: bool, negative: bool) -> None:
+@pytest.mark.parametrize("attend", [None, "all_previous"])
+def test_guidance_leads_away_from_the_text_without_media(use_cache: bool, negative: bool, attend: Any) -> None:
+    """Whether what the prompt sees follows from the model's rule, or is told by ranges."""
     model, _ = make_flamingo()
     prompt = Prompt.make(model)
     prompt.input_ids[:, [3, 4, 7]] = torch.tensor([[60, 61, prompt.image_token_id], [60, 61, prompt.image_token_id]])
     options: dict[str, Any] = {**LONG, "guidance_scale": 1.5, "use_cache": use_cache, "suppress_tokens": None}
     if negative:
         options["negative_prompt_ids"] = prompt.input_ids
-    text = model.generate(**prompt.inputs, **options)
+    ranges = None if attend is None else media_ranges(prompt.is_image, attend=attend)
+    text = model.generate(**prompt.inputs, **options, media_ranges=ranges)
     start = 0 if negative else 7
+    if ranges is not None:
+        ranges = torch.cat([ranges, ranges[:, -1:].expand(-1, 8, -1)], dim=1)
     with torch.no_grad():
-        seen = model(text, prompt.pixel_values, prompt.num_frames, use_cache=False).logits[:, 7:-1].log_softmax(-1)
+        seen = model(text, **media_of(prompt), media_ranges=ranges, use_cache=False).logits[:, 7:-1].log_softmax(-1)
         nothing = torch.zeros(*text[:, start:].shape, 2, dtype=torch.long)
         unseen = model(text[:, start:], media_ranges=nothing, use_cache=False).logits.log_softmax(-1)
     unseen = unseen[:, 7 - start : -1]
@@ -451,7 +553,11 @@ def test_embeddings_may_come_beside_the_ids() -> None:
     embeddings = model.get_input_embeddings()(prompt.input_ids)
     expected = model.generate(**prompt.inputs, **LONG)
     assert torch.equal(model.generate(**prompt.inputs, inputs_embeds=embeddings, **LONG), expected)
-    with pytest.raises(ValueError, match="inputs_embeds do not tell where the <image> tokens are; pass input_ids"):
+    seen = model.generate(
+        inputs_embeds=embeddings, **media_of(prompt), **LONG, media_ranges=media_ranges(prompt.is_image)
+    )
+    assert torch.equal(seen, expected[:, 8:])
+    with pytest.raises(ValueError, match="inputs_embeds do not tell where the <image> tokens are; pass input_ids or"):
         model.generate(inputs_embeds=embeddings, **media_of(prompt), **LONG)
 
 

@@ -14,7 +14,14 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers import DynamicCache
 
 from flamingo_blocks import FlamingoForConditionalGeneration, MediaCache, VisionEncoder, media_ranges
-from flamingo_blocks.blocks import MeanPoolResampler, MLPResampler, PerceiverResampler, TransformerResampler
+from flamingo_blocks.blocks import (
+    MeanPoolResampler,
+    MLPResampler,
+    PerceiverResampler,
+    TransformerResampler,
+    dense_media_mask,
+    ranges_of_mask,
+)
 from flamingo_blocks.configuration_flamingo import CACHE_NAMES
 from tests.tiny_flamingo import VISION, Prompt, make_flamingo, make_tokenizer
 from tests.tiny_language_models import CONFIGS, VOCAB, make_lm
@@ -184,6 +191,87 @@ def test_packed_documents_do_not_see_each_others_media(use_cache: bool) -> None:
     output = model(**prompt.inputs, document_ids=document_ids, use_cache=use_cache).logits
     torch.testing.assert_close(output, model(**prompt.inputs, media_ranges=ranges).logits)
     assert not torch.allclose(output, model(**prompt.inputs).logits)
+
+
+@pytest.mark.parametrize("attend", ["last", "all_previous", "next"])
+@pytest.mark.parametrize("use_cache", [False, True, None])
+@pytest.mark.parametrize("training", [False, True])
+def test_a_mask_that_spells_out_what_the_rule_says_changes_nothing(
+    attend: Any, use_cache: bool | None, training: bool
+) -> None:
+    model, _ = make_flamingo(attend=attend)
+    model.train(training)
+    prompt = Prompt.make(model)
+    mask = dense_media_mask(media_ranges(prompt.is_image, attend=attend), 2)
+    output = model(**prompt.inputs, media_mask=mask, use_cache=use_cache)
+    expected = model(**prompt.inputs, use_cache=use_cache)
+    assert torch.equal(output.logits, expected.logits)
+    assert (output.media_cache is None) == (expected.media_cache is None)
+
+
+def test_the_order_of_media_does_not_matter_under_a_mask() -> None:
+    """So a mask that no ranges can say equals ranges over media that were brought together, gradients included."""
+    model, _ = make_flamingo(dtype=torch.float64)
+    model.double()
+    prompt, later = Prompt.make(model), Prompt.make(model, seed=1)
+    pixel_values = torch.cat([prompt.pixel_values, later.pixel_values], dim=1).double()
+    num_frames = torch.tensor([[2, 1, 1, 2], [1, 2, 1, 0]])
+    order = torch.tensor([[2, 0, 3, 1], [2, 0, 1, 3]])
+    rows = torch.arange(2)[:, None]
+    ranges = torch.tensor([[0, 0], [0, 2], [1, 3], [0, 1], [0, 2], [1, 2], [2, 3], [0, 3]]).expand(2, -1, -1)
+    mask = torch.zeros(2, 8, 4, dtype=torch.bool).scatter(
+        2, order[:, None].expand(-1, 8, -1), dense_media_mask(ranges, 4)
+    )
+    with pytest.raises(ValueError, match="at row 0, token 1 it names"):
+        ranges_of_mask(mask)
+
+    def run(media: Tensor, frames: Tensor, **seen: Tensor) -> list[Tensor]:
+        model.zero_grad()
+        output = model(prompt.input_ids, media, frames, labels=prompt.input_ids, **seen)
+        output.loss.backward()
+        return [output.logits, *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+    model.train()
+    found = run(pixel_values, num_frames, media_mask=mask)
+    expected = run(pixel_values[rows, order], num_frames[rows, order], media_ranges=ranges)
+    torch.testing.assert_close(found, expected)
+    nn.Module.eval(model)
+    with torch.no_grad():
+        output = model(prompt.input_ids, pixel_values, num_frames, media_mask=mask)
+    torch.testing.assert_close(output.logits, expected[0])
+    assert output.media_cache is None
+
+
+def test_text_in_pieces_with_masks_equals_the_full_forward() -> None:
+    """Several media for one `<image>`, as tiles are; a mask counts the media of earlier pieces, too."""
+    model, _ = make_flamingo()
+    prompt = Prompt.make(model)
+    prompt.num_frames = torch.tensor([[1, 2], [2, 1]])
+    mask = torch.zeros(2, 8, 2, dtype=torch.bool)
+    mask[0, 1:6] = mask[1, 3:, 1] = mask[0, 7, 0] = True
+    with torch.no_grad():
+        full = model(**prompt.inputs, media_mask=mask, use_cache=False).logits
+        first = model(prompt.input_ids[:, :4], prompt.pixel_values, prompt.num_frames, media_mask=mask[:, :4])
+        caches = {"cache": cache_of(first), "media_cache": first.media_cache}
+        second = model(prompt.input_ids[:, 4:], **caches, media_mask=mask[:, 4:])
+    found = torch.cat([first.logits, second.logits], dim=1)
+    torch.testing.assert_close(found, full, atol=2e-5, rtol=1e-5)
+
+
+def test_rows_that_share_media_may_share_a_row_of_the_mask() -> None:
+    model, _ = make_flamingo()
+    prompt = Prompt.make(model)
+    with torch.no_grad():
+        first = model(prompt.input_ids[:, :4], prompt.pixel_values[:, :1], prompt.num_frames[:, :1])
+        cache = cache_of(first)
+        cache.batch_repeat_interleave(2)
+        more = torch.tensor([[50, 51], [52, 53], [54, 55], [56, 57]])
+        ranges = torch.tensor([[[0, 1], [0, 0]], [[0, 0], [0, 1]]])
+        outputs = [
+            model(more, cache=copy.deepcopy(cache), media_cache=first.media_cache, **seen).logits
+            for seen in ({"media_ranges": ranges}, {"media_mask": dense_media_mask(ranges, 1)})
+        ]
+    assert torch.equal(*outputs)
 
 
 @pytest.mark.parametrize("use_cache", [False, True])
@@ -540,6 +628,47 @@ def test_impossible_numbers_of_frames_are_refused(num_frames: list[list[int]], m
         model.encode_media(num_frames=prompt.num_frames, vision_features=features)
 
 
+def test_a_mask_that_no_ranges_can_say_is_kept_in_no_cache() -> None:
+    model, _ = make_flamingo()
+    prompt = Prompt.make(model)
+    media: dict[str, Any] = {"pixel_values": torch.cat([prompt.pixel_values] * 2, dim=1)}
+    mask = torch.ones(2, 8, 4, dtype=torch.bool)
+    mask[1, 5, 2] = False
+    calls: list[dict[str, Any]] = [{"use_cache": True}, {"cache": DynamicCache()}, {"media_cache": MediaCache()}]
+    for options in calls:
+        with pytest.raises(ValueError, match=r"with caches.*row 1, token 5 it names \[0, 1, 3\].*use_cache=False"):
+            model(prompt.input_ids, **media, **options, media_mask=mask)
+    with pytest.raises(ValueError, match=r"as in generate.*row 1, token 5 it names \[0, 1, 3\]"):
+        model.generate(prompt.input_ids, **media, media_mask=mask)
+    ranges = torch.zeros(2, 8, 2, dtype=torch.long)
+    for call in (model, model.generate):
+        with pytest.raises(ValueError, match="give either media_ranges or media_mask"):
+            call(prompt.input_ids, **media, media_mask=mask, media_ranges=ranges)
+
+
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_media_that_are_not_there_are_seen_by_nobody(use_cache: bool) -> None:
+    """Row 1 has a medium and padding. What is refused leaves a cache as it was."""
+    model, _ = make_flamingo()
+    prompt, media_cache = Prompt.make(model), MediaCache()
+    ranges = torch.tensor([0, 2]).expand(2, 8, 2)
+    gaps = torch.tensor([True, False, True]).expand(2, 8, 3)
+    options: dict[str, Any] = {"media_cache": media_cache} if use_cache else {"use_cache": False}
+    seen: list[dict[str, Any]] = [{"media_ranges": ranges}, {"media_mask": dense_media_mask(ranges, 2)}]
+    for each in seen:
+        with pytest.raises(ValueError, match="row 1 has 1 media, but its tokens are to see 2"):
+            model(**prompt.inputs, **options, **each)
+        with pytest.raises(ValueError, match="row 1 has 1 media, but its tokens are to see 2"):
+            model.generate(**prompt.inputs, **each)
+    assert media_cache.rows == 0
+    with pytest.raises(ValueError, match="row 0 has 2 media, but its tokens are to see 3"):
+        model(**prompt.inputs, media_mask=gaps)
+    with pytest.raises(ValueError, match="row 0 has 0 media, but its tokens are to see 3"):
+        model(prompt.input_ids, media_mask=gaps)
+    with pytest.raises(ValueError, match="ranges or mask have 1 rows, but there are 2 rows of text"):
+        model(**prompt.inputs, use_cache=False, media_ranges=ranges[:1])
+
+
 def test_only_one_of_the_two_caches_is_an_error() -> None:
     model, _ = make_flamingo()
     prompt = Prompt.make(model)
@@ -561,9 +690,8 @@ def test_calls_that_would_run_but_not_do_what_was_meant_are_refused() -> None:
     with pytest.raises(TypeError, match="forward has no argument 'num_frame'; did you mean 'num_frames'"):
         model(prompt.input_ids, prompt.pixel_values, num_frame=prompt.num_frames)
     generate: Any = model.generate
-    for name in ("document_ids", "media_ranges"):
-        with pytest.raises(ValueError, match=f"generate takes no {name}"):
-            generate(**prompt.inputs, **{name: prompt.input_ids})
+    with pytest.raises(ValueError, match=r"generate takes no document_ids: .* say with media_ranges="):
+        generate(**prompt.inputs, document_ids=prompt.input_ids)
     for call in (model, generate):
         with pytest.raises(ValueError, match="cache and past_key_values are names of the same cache"):
             call(**prompt.inputs, cache=DynamicCache(), past_key_values=DynamicCache())

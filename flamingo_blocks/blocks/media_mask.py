@@ -359,6 +359,32 @@ def _check_ranges(ranges: Int[Tensor, "batch text 2"]) -> None:
         )
 
 
+def check_ranges_fit(ranges: Int[Tensor, "rows text 2"], num_media: Int[Tensor, " batch"]) -> None:
+    """Refuse ranges that name media which a row does not have: padding, or none at all.
+
+    Args:
+        ranges: What each token sees.
+        num_media: How many media each row really has; on the host.
+
+    Raises:
+        ValueError: If they do, or there are other rows. Not checked under `torch.compile`.
+    """
+    if ranges.shape[0] != num_media.shape[0]:
+        raise ValueError(
+            f"ranges or mask have {ranges.shape[0]} rows, but there are {num_media.shape[0]} rows of text with media "
+            "of their own; rows of text share a row only where they share the media of a media_cache"
+        )
+    if torch.compiler.is_compiling() or not ranges.shape[1]:
+        return
+    stops = ranges[..., 1].amax(1).tolist()
+    for row, (stop, media) in enumerate(zip(stops, num_media.tolist(), strict=True)):
+        if stop > media:
+            raise ValueError(
+                f"row {row} has {media} media, but its tokens are to see {stop}; ranges and masks count all media of "
+                "their row from its first one, padding not included"
+            )
+
+
 def _check_num_media(ranges: Int[Tensor, "batch text 2"], num_media: list[int]) -> None:
     tokens = ranges[..., 1].amax(1).tolist() if ranges.shape[1] else [0] * len(num_media)
     for row, (found, expected) in enumerate(zip(tokens, num_media, strict=True)):
