@@ -396,7 +396,7 @@ def test_a_cache_that_gives_other_logits_is_not_used(tmp_path: Path, caplog: pyt
 
 
 def test_logits_that_no_token_is_to_have_hide_no_wrong_cache() -> None:
-    model, _ = build(make_lm("llama"))
+    model: Any = build(make_lm("llama"))[0]
     with torch.no_grad():
         model.new_tokens.head.weight.zero_()
         model.new_tokens.head.bias.fill_(-1e4)
