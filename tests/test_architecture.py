@@ -50,6 +50,7 @@ LAYERS = [
     "convert.assembly",
     "convert.flamingo_pytorch",
     "convert.open_flamingo",
+    "convert.mllama",
     "convert.__main__",
     "",
 ]
@@ -69,6 +70,7 @@ MAY_ALSO_IMPORT = {
     "convert.checkpoint": {"safetensors", "tqdm", "transformers"},
     "convert.assembly": {"transformers"},
     "convert.open_flamingo": {"transformers"},
+    "convert.mllama": {"transformers"},
 }
 
 
