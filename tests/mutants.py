@@ -57,6 +57,7 @@ PROCESSING = "flamingo_blocks/processing_flamingo.py"
 BUILDER = "flamingo_blocks/builder.py"
 ADAPTER = "flamingo_blocks/adapter.py"
 PRESETS = "flamingo_blocks/presets.py"
+ASSEMBLY = "flamingo_blocks/convert/assembly.py"
 MLLAMA = "flamingo_blocks/convert/mllama.py"
 
 MUTANTS = [
@@ -1577,6 +1578,14 @@ MUTANTS = [
         "if isinstance(dtype, str):",
         "if False:",
         "tests/convert/test_mllama.py::test_saved_and_loaded_it_is_the_same",
+    ),
+    Mutant(
+        "an adapter of a converted model knows its backbones",
+        "they are remembered before they are loaded",
+        ASSEMBLY,
+        "        model._remember_backbones()\n",
+        "",
+        "tests/convert/test_mllama.py::test_an_adapter_holds_what_is_not_frozen",
     ),
 ]
 

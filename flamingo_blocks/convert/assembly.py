@@ -75,6 +75,7 @@ def assemble(
         if language_model is None:
             model.language_model.tie_weights()
         model.freeze()
+        model._remember_backbones()
         model.eval()
         check_injection(model)
     except ValueError:

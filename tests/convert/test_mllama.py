@@ -485,6 +485,15 @@ def test_saved_and_loaded_it_is_the_same(dtype: torch.dtype, tmp_path: Path) -> 
     assert FlamingoProcessor.from_pretrained(tmp_path).image_token == "<|image|>"
 
 
+def test_an_adapter_holds_what_is_not_frozen(tmp_path: Path) -> None:
+    model, batch = load(torch.float32)[0], Batch.make(*ALL_ROWS)
+    model.save_adapter(tmp_path)
+    loaded = FlamingoForConditionalGeneration.from_adapter(
+        tmp_path, language_model=load(torch.float32)[0].eject(), vision_encoder=load(torch.float32)[0].vision_encoder
+    )
+    assert torch.equal(logits(loaded, batch), logits(model, batch))
+
+
 def test_dtype_is_that_of_the_checkpoint_or_the_given_one() -> None:
     assert {p.dtype for p in load(torch.bfloat16)[0].parameters()} == {torch.bfloat16}
     assert {p.dtype for p in load(torch.float32, dtype=torch.bfloat16)[0].parameters()} == {torch.bfloat16}
