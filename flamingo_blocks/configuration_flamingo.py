@@ -46,7 +46,8 @@ class FlamingoVisionConfig(PreTrainedConfig):
     Attributes:
         architecture: Name for `timm.create_model`, without weights' tag. None: a model that timm cannot make by name;
             it must be passed to the model as an instance, also in `from_pretrained`.
-        model_args: Further arguments of `timm.create_model`, e.g. `{"output_stride": 8}`.
+        model_args: Further arguments of `timm.create_model`, e.g. `{"output_stride": 8}`. Of a model that timm cannot
+            make, what else may make it, as `flamingo_blocks.convert.mllama.make_vision_encoder` does.
         image_size: Height and width of the images. None: what the model was made for.
         channels: Of the images.
         keep_prefix_tokens: Whether class and register tokens are kept, in front of the patches (IDEFICS).

@@ -52,6 +52,7 @@ LAYERS = [
     "convert.open_flamingo",
     "convert.idefics",
     "convert.flamingo_mini",
+    "convert.mllama",
     "convert.__main__",
     "",
 ]
@@ -73,6 +74,7 @@ MAY_ALSO_IMPORT = {
     "convert.open_flamingo": {"transformers"},
     "convert.idefics": {"transformers"},
     "convert.flamingo_mini": {"transformers"},
+    "convert.mllama": {"transformers"},
 }
 
 

@@ -27,6 +27,7 @@ from flamingo_blocks import (
     VisionEncoder,
     build_flamingo,
 )
+from flamingo_blocks.builder import choose_decoding
 from flamingo_blocks.configuration_flamingo import FlamingoVisionConfig
 from tests.coverage.tiny_configs import make_lm as make_any_lm
 from tests.tiny_flamingo import SIZES, VISION, Prompt, make_flamingo, make_tokenizer
@@ -348,19 +349,25 @@ def test_a_language_model_that_learns_from_some_of_its_loops_only_is_refused() -
         build(lm, layers=[1])
 
 
+def forget_positions(lm: Any) -> None:
+    """Let a Llama give other logits with its cache."""
+    original = lm.model.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if (kwargs.get("cache") or kwargs.get("past_key_values")) is not None:
+            kwargs["position_ids"] = torch.zeros_like(kwargs["input_ids"])
+        return original(*args, **kwargs)
+
+    lm.model.forward = forward
+
+
 def test_a_cache_that_gives_other_logits_is_not_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     lm = make_lm("llama")
     model, _ = build(lm)
     assert model.config.decoding == "cached"
     model.eject()
     original = lm.model.forward
-
-    def forget(*args: Any, **kwargs: Any) -> Any:
-        if (kwargs.get("cache") or kwargs.get("past_key_values")) is not None:
-            kwargs["position_ids"] = torch.zeros_like(kwargs["input_ids"])
-        return original(*args, **kwargs)
-
-    lm.model.forward = forget
+    forget_positions(lm)
     assert "text is generated with the language model's cache" in model.summary()
     assert not caplog.messages
     model, _ = build(lm)
@@ -386,6 +393,18 @@ def test_a_cache_that_gives_other_logits_is_not_used(tmp_path: Path, caplog: pyt
     lm.model.forward = original
     model.save_pretrained(tmp_path)
     assert FlamingoForConditionalGeneration.from_pretrained(tmp_path).config.decoding == "uncached"
+
+
+def test_logits_that_no_token_is_to_have_hide_no_wrong_cache() -> None:
+    model: Any = build(make_lm("llama"))[0]
+    with torch.no_grad():
+        model.new_tokens.head.weight.zero_()
+        model.new_tokens.head.bias.fill_(-1e4)
+    choose_decoding(model)
+    assert model.config.decoding == "cached"
+    forget_positions(model.language_model)
+    choose_decoding(model)
+    assert model.config.decoding == "uncached"
 
 
 def test_a_language_model_without_one_head_keeps_its_own_tokens() -> None:

@@ -167,15 +167,26 @@ class GatedCrossAttentionBlock(nn.Module):
             )
         if not isinstance(media, KeyValues):
             media = self.project_media(media)
-        dtype = self._dtype
-        queries = self.to_q(self.norm(hidden_states.to(dtype))).unflatten(-1, (self.heads, self.head_dim))
-        attention = attend_to_media(self.q_norm(queries), media, runs, algorithm=self.algorithm).flatten(2)
-        hidden_states = hidden_states + self.gate(self.to_out(attention)).to(hidden_states.dtype)
-        update = self.feed_forward(self.norm_feed_forward(hidden_states.to(dtype)))
+        hidden_states = hidden_states + self.attend(hidden_states, media, runs)
+        update = self.feed_forward(self.norm_feed_forward(hidden_states.to(self._dtype)))
         update = self.gate_feed_forward(update).to(hidden_states.dtype)
         if not self.feed_forward_without_media:
             update = update.where(runs.sees_something[..., None], 0)
         return hidden_states + update
+
+    def attend(
+        self, hidden_states: Float[Tensor, "batch text {self.dim}"], media: KeyValues, runs: MediaRuns
+    ) -> Float[Tensor, "batch text {self.dim}"]:
+        """Give what the attention of this block, behind its gate, adds to the hidden states.
+
+        Args:
+            hidden_states: As for `forward`.
+            media: What `project_media` made of the media.
+            runs: As for `forward`.
+        """
+        queries = self.to_q(self.norm(hidden_states.to(self._dtype))).unflatten(-1, (self.heads, self.head_dim))
+        attention = attend_to_media(self.q_norm(queries), media, runs, algorithm=self.algorithm).flatten(2)
+        return self.gate(self.to_out(attention)).to(hidden_states.dtype)
 
     @property
     def _dtype(self) -> torch.dtype:

@@ -127,6 +127,7 @@ def make_processor(
     image_token: str,
     end_of_chunk_token: str,
     crop_mode: str = "center",
+    interpolation: str = "bicubic",
 ) -> FlamingoProcessor:
     """Make the processor of a converted model, whose images are prepared as CLIP's.
 
@@ -136,12 +137,17 @@ def make_processor(
         image_token: Stands for a medium.
         end_of_chunk_token: Ends what belongs to a medium.
         crop_mode: `"center"`: the shorter side is fitted and the longer one cropped; `"squash"`: both are fitted.
+        interpolation: `"bicubic"`, as of CLIP's images, or `"bilinear"`.
     """
     tokenizer = load_tokenizer(tokenizer)
     ensure_padding(tokenizer)
     height, width = model.vision_encoder.image_size
     image_processor = FlamingoImageProcessor(
-        size={"height": height, "width": width}, image_mean=CLIP_MEAN, image_std=CLIP_STD, crop_mode=crop_mode
+        size={"height": height, "width": width},
+        image_mean=CLIP_MEAN,
+        image_std=CLIP_STD,
+        interpolation=interpolation,
+        crop_mode=crop_mode,
     )
     generation_config: Any = model.generation_config
     generation_config.pad_token_id = tokenizer.pad_token_id
