@@ -3,7 +3,7 @@
 The modules themselves take modules. Here, and nowhere else, names become modules.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Literal
 
@@ -25,6 +25,9 @@ Activation = Literal["squared_relu", "gelu", "relu", "swiglu"]
 Gating = Literal["tanh", "tanh_per_channel", "none"]
 Norm = Literal["layer_norm", "rms_norm"]
 Resampler = Literal["perceiver", "mlp", "transformer", "mean_pool", "linear"]
+# What has the same name in a configuration.
+_OF_BLOCKS = ("gating", "gate_init", "feed_forward_without_media")
+_OF_RESAMPLERS = ("num_latents", "max_frames")
 
 
 def make_block(
@@ -139,6 +142,20 @@ def make_resampler(
         case "linear":
             return LinearResampler(dim=dim, vision_dim=vision_dim)
     raise ValueError(f"resampler must be perceiver, mlp, transformer, mean_pool or linear, got {kind!r}")
+
+
+def as_configured(block: Mapping[str, Any], resampler: Mapping[str, Any]) -> dict[str, Any]:
+    """Name options of `make_block` and `make_resampler` as `FlamingoConfig` does.
+
+    Args:
+        block: Options of a block, without its widths.
+        resampler: Options of a resampler, without its widths.
+    """
+    names = {name: f"cross_attention_{name}" for name in block} | {name: name for name in _OF_BLOCKS}
+    options = {names[name]: value for name, value in block.items()}
+    names = {name: f"resampler_{name}" for name in resampler} | {"kind": "resampler"}
+    names |= {name: name for name in _OF_RESAMPLERS}
+    return options | {names[name]: value for name, value in resampler.items()}
 
 
 def _norm(kind: Norm, eps: float) -> Callable[[int], nn.Module]:

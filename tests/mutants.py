@@ -1825,8 +1825,8 @@ MUTANTS = [
         "logits are those of Meta's rule",
         "tokens that see nothing pass the feed-forward",
         MLLAMA,
-        "cross_attention_layers=list(places),\n        feed_forward_without_media=False,",
-        "cross_attention_layers=list(places),\n        feed_forward_without_media=True,",
+        '"feed_forward_without_media": False,',
+        '"feed_forward_without_media": True,',
         "tests/convert/test_mllama.py::test_logits_are_those_of_metas_rule_wherever_images_stand",
     ),
     Mutant(

@@ -1,7 +1,6 @@
 """Convert a released checkpoint: `python -m flamingo_blocks.convert open_flamingo checkpoint.pt --out DIRECTORY`."""
 
 import argparse
-import copy
 import importlib
 import inspect
 import sys
@@ -61,39 +60,43 @@ def convert(family: str, checkpoint: str, out: Path, **options: Any) -> None:
     _say(f"reading {checkpoint}")
     model, processor = module.load_flamingo(checkpoint, progress=True, **options)
     if options.get("dtype") is None:
-        _say("comparing with the checkpoint, tensor by tensor")
-        check_tensors(getattr(module, f"to_{family}")(model), read_tensors(checkpoint))
+        written, read = getattr(module, f"to_{family}")(model), read_tensors(checkpoint)
+        _say(f"{check_tensors(written, read)} of {len(read)} tensors are written back bit for bit")
+        del written, read
     _say(f"writing {out}")
     model.save_pretrained(out)
     processor.save_pretrained(out)
     expected = _logits(model)
-    # A vision encoder that timm cannot make by name is passed. Two models may not fit into memory.
-    encoder = copy.deepcopy(model.vision_encoder) if model.config.vision_config.architecture is None else None
-    summary = model.summary()
-    del model
+    # A vision encoder that timm cannot make by name is passed.
+    is_passed, summary = model.config.vision_config.architecture is None, model.summary()
+    del model  # two may not fit into memory
     _say("reading it again, and comparing logits")
-    again = FlamingoForConditionalGeneration.from_pretrained(
-        out, dtype="auto", **({} if encoder is None else {"vision_encoder": encoder})
-    )
+    others = {"vision_encoder": module.make_vision_encoder(out)} if is_passed else {}
+    again = FlamingoForConditionalGeneration.from_pretrained(out, dtype="auto", **others)
     if not torch.equal(_logits(again), expected):
         raise ValueError(f"the model in {str(out)!r} does not give the logits of the one that was converted")
     _say(summary)
-    _say(f"\nwritten to {out}; load it with FlamingoForConditionalGeneration.from_pretrained")
+    encoder = f", vision_encoder={family}.make_vision_encoder({str(out)!r})" if is_passed else ""
+    _say(f"\nload it with FlamingoForConditionalGeneration.from_pretrained({str(out)!r}{encoder})")
 
 
-def check_tensors(written: dict[str, Tensor], read: dict[str, Tensor]) -> None:
+def check_tensors(written: dict[str, Tensor], read: dict[str, Tensor]) -> int:
     """See that the tensors of a model, by the family's names, are those of its checkpoint, bit for bit.
 
     Args:
         written: What the model gives back.
-        read: What was in the checkpoint. Names that another version of the family has for them are not found here.
+        read: What was in the checkpoint.
+
+    Returns:
+        How many were compared. Others have the names of another version of the family, or are no weights.
 
     Raises:
         ValueError: If one differs. It lists them.
     """
-    wrong = [name for name, tensor in written.items() if name in read and not torch.equal(tensor, read[name])]
-    if wrong:
+    both = written.keys() & read.keys()
+    if wrong := [name for name in both if not torch.equal(written[name], read[name])]:
         raise ValueError(f"these tensors are not those of the checkpoint: {listed(wrong)}")
+    return len(both)
 
 
 @torch.no_grad()
@@ -117,6 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokenizer", help="its id or path, where the checkpoint has none")
     parser.add_argument("--language-model", help="its id or path, where the checkpoint does not hold it")
     parser.add_argument("--vision-encoder", help="name of timm or path, where the checkpoint does not hold it")
+    parser.add_argument("--vision-config", help="CLIP's configuration, a JSON file, where it is not on record")
     parser.add_argument("--attend", choices=("last", "all_previous", "next"), help="which media a token sees")
     parser.add_argument("--dtype", type=_dtype, help="of the result, e.g. bfloat16; by default the checkpoint's")
     return parser

@@ -74,16 +74,27 @@ def read_config(config: Config | None, checkpoint: Checkpoint) -> dict[str, Any]
         return dict(config)
     if isinstance(config, PreTrainedConfig):
         return dict(config.to_dict())
-    if config is None:
-        if isinstance(checkpoint, Mapping):
-            raise ValueError("config must be given with tensors: a mapping, or the path of a JSON file")
-        directory = Path(checkpoint).expanduser()
-        config = directory if directory.is_dir() else directory.parent
-    path = Path(config).expanduser()
+    path = Path(directory_of(checkpoint, "config") if config is None else config).expanduser()
     path = path / "config.json" if path.is_dir() else path
     if not path.is_file():
         raise OSError(f"there is no configuration {str(path)!r}; give config, a mapping or the path of a JSON file")
     return _read_json(path)
+
+
+def directory_of(checkpoint: Checkpoint, argument: str) -> Path:
+    """Give the directory of a checkpoint, where other files lie beside it.
+
+    Args:
+        checkpoint: A file or directory.
+        argument: What to give otherwise.
+
+    Raises:
+        ValueError: If the checkpoint is tensors, which lie nowhere.
+    """
+    if isinstance(checkpoint, Mapping):
+        raise ValueError(f"{argument} must be given with tensors, which have no directory where it could be found")
+    path = Path(checkpoint).expanduser()
+    return path if path.is_dir() else path.parent
 
 
 def _find_file(path: Path) -> Path:

@@ -47,11 +47,12 @@ from flamingo_blocks.blocks import GatedCrossAttentionBlock, PerceiverResampler
 from flamingo_blocks.chat import default_chat_template
 from flamingo_blocks.configuration_flamingo import FlamingoConfig, FlamingoVisionConfig
 from flamingo_blocks.convert.assembly import assemble, disassemble, make_processor
-from flamingo_blocks.convert.checkpoint import Checkpoint, Config, read_config, read_tensors
+from flamingo_blocks.convert.checkpoint import Checkpoint, Config, directory_of, read_config, read_tensors
 from flamingo_blocks.convert.clip_vision import clip_vision_config, transformers_clip
+from flamingo_blocks.convert.flamingo_pytorch import ATTENTION, FEED_FORWARD
 from flamingo_blocks.convert.renaming import Rename, load_module, shape_of, to_theirs, under
 from flamingo_blocks.modeling_flamingo import FlamingoForConditionalGeneration
-from flamingo_blocks.parts import make_block, make_resampler
+from flamingo_blocks.parts import as_configured, make_block, make_resampler
 from flamingo_blocks.processing_flamingo import FlamingoProcessor, special_token_id
 from flamingo_blocks.vision import VisionEncoder
 
@@ -98,15 +99,10 @@ CLIP: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
-_FEED_FORWARD = [
-    Rename("0", "norm_feed_forward"),
-    Rename("1", "feed_forward.to_hidden"),
-    Rename("3", "feed_forward.to_out"),
-]
 _BLOCK = [
-    *under([Rename(name, name) for name in ("norm", "to_q", "to_kv", "to_out")], theirs="attn.", ours=""),
+    *under([Rename("norm", "norm"), *ATTENTION], theirs="attn.", ours=""),
     Rename("alpha_attn", "gate.alpha"),
-    *under(_FEED_FORWARD, theirs="ffw.", ours=""),
+    *under(FEED_FORWARD, theirs="ffw.", ours=""),
     Rename("alpha_ffw", "gate_feed_forward.alpha"),
 ]
 _RESAMPLER_LAYER = [
@@ -115,7 +111,7 @@ _RESAMPLER_LAYER = [
     Rename("0.to_q", "to_q"),
     Rename(("0.to_k", "0.to_v"), "to_kv"),
     Rename("0.to_out", "to_out"),
-    *under(_FEED_FORWARD, theirs="1.", ours=""),
+    *under(FEED_FORWARD, theirs="1.", ours=""),
 ]
 
 
@@ -307,12 +303,8 @@ def load_flamingo(
         text_config=text_config,
         vision_config=vision,
         cross_attention_layers=list(indices),
-        **{f"cross_attention_{name}": size for name, size in _block_sizes(numbers, text_config.hidden_size).items()},
+        **as_configured(_block_sizes(numbers, text_config.hidden_size), _resampler_sizes(numbers)),
         resampler_dim=width,
-        **{
-            name if name in ("num_latents", "max_frames") else f"resampler_{name}": size
-            for name, size in _resampler_sizes(numbers).items()
-        },
         freeze=[part for part, is_frozen in frozen.items() if is_frozen],
         freeze_exceptions=_trained(names) if frozen["language_model"] else None,
         image_token_id=special_token_id(text, IMAGE_TOKEN),
@@ -462,8 +454,7 @@ def _load_language_model(language_model: Any) -> Any:
 
 def _find_tokenizer(checkpoint: Checkpoint, language_model: Any, name: str) -> str | Path:
     if isinstance(checkpoint, str | Path):
-        path = Path(checkpoint).expanduser()
-        directory = path if path.is_dir() else path.parent
+        directory = directory_of(checkpoint, "tokenizer")
         if any((directory / file).is_file() for file in _TOKENIZER_FILES):
             return directory
     return language_model if isinstance(language_model, str | Path) else name

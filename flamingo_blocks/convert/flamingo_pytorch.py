@@ -18,25 +18,25 @@ from flamingo_blocks.convert.renaming import Rename, load_module, shape_of, to_t
 from flamingo_blocks.parts import make_block, make_resampler
 
 # What both kinds of attention have by the same names, and their feed-forward networks, which hold their norms.
-_ATTENTION = [Rename(name, name) for name in ("to_q", "to_kv", "to_out")]
-_FEED_FORWARD = [
+ATTENTION = [Rename(name, name) for name in ("to_q", "to_kv", "to_out")]
+FEED_FORWARD = [
     Rename("0", "norm_feed_forward"),
     Rename("1", "feed_forward.to_hidden"),
     Rename("3", "feed_forward.to_out"),
 ]
 BLOCK = [
-    *under([Rename("norm", "norm"), *_ATTENTION], theirs="attn.", ours=""),
+    *under([Rename("norm", "norm"), *ATTENTION], theirs="attn.", ours=""),
     Rename("attn_gate", "gate.alpha"),
-    *under(_FEED_FORWARD, theirs="ff.", ours=""),
+    *under(FEED_FORWARD, theirs="ff.", ours=""),
     Rename("ff_gate", "gate_feed_forward.alpha"),
 ]
 _RESAMPLER_LAYER = [
     *under(
-        [Rename("norm_media", "norm_features"), Rename("norm_latents", "norm_latents"), *_ATTENTION],
+        [Rename("norm_media", "norm_features"), Rename("norm_latents", "norm_latents"), *ATTENTION],
         theirs="0.",
         ours="",
     ),
-    *under(_FEED_FORWARD, theirs="1.", ours=""),
+    *under(FEED_FORWARD, theirs="1.", ours=""),
 ]
 
 

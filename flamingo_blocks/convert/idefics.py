@@ -41,11 +41,11 @@ from flamingo_blocks.backbones import load_tokenizer
 from flamingo_blocks.blocks import GatedCrossAttentionBlock, PerceiverResampler
 from flamingo_blocks.configuration_flamingo import FlamingoConfig
 from flamingo_blocks.convert.assembly import assemble, disassemble, make_processor
-from flamingo_blocks.convert.checkpoint import Checkpoint, read_config, read_tensors
+from flamingo_blocks.convert.checkpoint import Checkpoint, Config, directory_of, read_config, read_tensors
 from flamingo_blocks.convert.clip_vision import clip_vision_config, transformers_clip
 from flamingo_blocks.convert.renaming import Rename, load_module, part_of, under
 from flamingo_blocks.modeling_flamingo import FlamingoForConditionalGeneration
-from flamingo_blocks.parts import make_block, make_resampler
+from flamingo_blocks.parts import as_configured, make_block, make_resampler
 from flamingo_blocks.processing_flamingo import FlamingoProcessor, special_token_id
 
 IMAGE_TOKEN = "<image>"
@@ -128,9 +128,7 @@ _DIALOGUE = """\
 """
 
 
-def load_resampler(
-    state_dict: Mapping[str, Tensor], config: Mapping[str, Any] | IdeficsConfig | str | Path
-) -> PerceiverResampler | None:
+def load_resampler(state_dict: Mapping[str, Tensor], config: Config) -> PerceiverResampler | None:
     """Load the resampler of a model.
 
     Args:
@@ -157,9 +155,7 @@ def load_resampler(
     return load_module(resampler, _resampler_table(len(resampler.layers)), tensors)
 
 
-def load_blocks(
-    state_dict: Mapping[str, Tensor], config: Mapping[str, Any] | IdeficsConfig | str | Path
-) -> dict[int, GatedCrossAttentionBlock]:
+def load_blocks(state_dict: Mapping[str, Tensor], config: Config) -> dict[int, GatedCrossAttentionBlock]:
     """Load the gated cross-attention blocks of a model.
 
     Args:
@@ -191,7 +187,7 @@ def load_blocks(
 
 def load_flamingo(
     checkpoint: Checkpoint,
-    config: Mapping[str, Any] | IdeficsConfig | str | Path | None = None,
+    config: Config | None = None,
     *,
     tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
     end_of_chunk_token: str | None = None,
@@ -238,12 +234,7 @@ def load_flamingo(
     """
     family = _read(config, checkpoint)
     tensors = _without_buffers(read_tensors(checkpoint, progress=progress))
-    if tokenizer is None:
-        if isinstance(checkpoint, Mapping):
-            raise ValueError("tokenizer must be given with tensors: an id, a path or a tokenizer")
-        path = Path(checkpoint).expanduser()
-        tokenizer = path if path.is_dir() else path.parent
-    tokenizer = load_tokenizer(tokenizer)
+    tokenizer = load_tokenizer(directory_of(checkpoint, "tokenizer") if tokenizer is None else tokenizer)
     end_of_utterance = _known(tokenizer, END_OF_UTTERANCE, family)
     if end_of_chunk_token is None:
         end_of_chunk_token = str(tokenizer.eos_token if end_of_utterance is None else END_OF_UTTERANCE)
@@ -253,7 +244,7 @@ def load_flamingo(
         text_config=_language_model(family),
         vision_config=_vision_encoder(family),
         cross_attention_layers=_layers(family),
-        **_flamingo_options(family),
+        **as_configured(_block_options(family), _resampler_options(family)),
         image_token_id=_id_of(tokenizer, IMAGE_TOKEN, family),
         end_of_chunk_token_id=_id_of(tokenizer, end_of_chunk_token, family),
         new_token_ids=[family.vocab_size + i for i in range(family.additional_vocab_size)],
@@ -322,7 +313,7 @@ def to_idefics(model: FlamingoForConditionalGeneration) -> dict[str, Tensor]:
 # ------------------------------------------------------------ configurations
 
 
-def _read(config: Mapping[str, Any] | IdeficsConfig | str | Path | None, checkpoint: Checkpoint) -> IdeficsConfig:
+def _read(config: Config | None, checkpoint: Checkpoint) -> IdeficsConfig:
     """Read a configuration with transformers' own defaults, and refuse what is none of IDEFICS'."""
     options = read_config(config, checkpoint)
     if options.get("model_type", "idefics") != "idefics":
@@ -368,21 +359,6 @@ def _resampler_options(family: IdeficsConfig) -> dict[str, Any]:
         "qk_norm": perceiver.qk_layer_norms_perceiver,
         "num_latents": perceiver.resampler_n_latents,
         "max_frames": 0,
-    }
-
-
-def _flamingo_options(family: IdeficsConfig) -> dict[str, Any]:
-    """The same by the names that they have in `FlamingoConfig`."""
-    block, resampler = _block_options(family), _resampler_options(family)
-    kind, gating = resampler.pop("kind"), block.pop("gating")
-    return {
-        **{f"cross_attention_{name}": value for name, value in block.items()},
-        "gating": gating,
-        "resampler": kind,
-        **{
-            name if name in ("num_latents", "max_frames") else f"resampler_{name}": value
-            for name, value in resampler.items()
-        },
     }
 
 

@@ -52,10 +52,10 @@ from flamingo_blocks.backbones import load_tokenizer
 from flamingo_blocks.blocks import GatedCrossAttentionBlock, KeyValues, MediaRuns, PerceiverResampler
 from flamingo_blocks.configuration_flamingo import FlamingoConfig, FlamingoVisionConfig
 from flamingo_blocks.convert.assembly import assemble, disassemble, make_processor
-from flamingo_blocks.convert.checkpoint import Checkpoint, Config, read_config, read_tensors
+from flamingo_blocks.convert.checkpoint import Checkpoint, Config, directory_of, read_config, read_tensors
 from flamingo_blocks.convert.renaming import Rename, load_module, under
 from flamingo_blocks.modeling_flamingo import FlamingoForConditionalGeneration
-from flamingo_blocks.parts import make_block
+from flamingo_blocks.parts import as_configured, make_block
 from flamingo_blocks.processing_flamingo import FlamingoProcessor
 from flamingo_blocks.vision import VisionEncoder
 
@@ -286,12 +286,7 @@ def load_blocks(state_dict: Mapping[str, Tensor], config: Config) -> dict[int, G
     for index, theirs in _places(text).items():
         prefix = f"{names.decoder}.layers.{theirs}."
         part = {name: tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
-        block = make_block(
-            dim=text.hidden_size,
-            media_dim=text.hidden_size,
-            feed_forward_without_media=False,
-            **_block_sizes(text),
-        )
+        block = make_block(dim=text.hidden_size, media_dim=text.hidden_size, **_block_sizes(text))
         blocks[index] = load_module(block, under(_BLOCK, theirs=prefix, ours=""), part)
     return blocks
 
@@ -348,11 +343,7 @@ def load_flamingo(
             channels=vision.num_channels,
         ),
         cross_attention_layers=list(places),
-        feed_forward_without_media=False,
-        **{f"cross_attention_{name}": value for name, value in _block_sizes(text).items()},
-        resampler="linear",
-        resampler_dim=text.hidden_size,
-        max_frames=0,
+        **as_configured(_block_sizes(text), {"kind": "linear", "dim": text.hidden_size, "max_frames": 0}),
         image_token_id=family.image_token_index,
         end_of_chunk_token_id=words.convert_tokens_to_ids(end_of_chunk),
         new_token_ids=list(range(text.vocab_size, text.vocab_size + NEW_TOKENS)),
@@ -518,6 +509,7 @@ def _block_sizes(text: Any) -> dict[str, Any]:
         "norm": "rms_norm",
         "norm_eps": text.rms_norm_eps,
         "qk_norm": True,
+        "feed_forward_without_media": False,
     }
 
 
@@ -546,12 +538,7 @@ def _language_model_config(text: Any) -> LlamaConfig:
 def _load_tokenizer(
     tokenizer: str | Path | PreTrainedTokenizerBase | None, checkpoint: Checkpoint, family: Any
 ) -> PreTrainedTokenizerBase:
-    if tokenizer is None:
-        if isinstance(checkpoint, Mapping):
-            raise ValueError("tokenizer must be given with tensors: a tokenizer, its path or its id")
-        path = Path(checkpoint).expanduser()
-        tokenizer = path if path.is_dir() else path.parent
-    words = load_tokenizer(tokenizer)
+    words = load_tokenizer(directory_of(checkpoint, "tokenizer") if tokenizer is None else tokenizer)
     found = words.convert_tokens_to_ids(IMAGE_TOKEN)
     if found != family.image_token_index:
         raise ValueError(

@@ -30,7 +30,7 @@ from flamingo_blocks.convert.flamingo_pytorch import BLOCK, block_sizes, resampl
 from flamingo_blocks.convert.renaming import Rename, listed, load_module, shape_of, to_ours, under
 from flamingo_blocks.language import find_decoder_layers, find_residual_stream
 from flamingo_blocks.modeling_flamingo import FlamingoForConditionalGeneration
-from flamingo_blocks.parts import make_block, make_resampler
+from flamingo_blocks.parts import as_configured, make_block, make_resampler
 from flamingo_blocks.processing_flamingo import FlamingoProcessor, special_token_id
 from flamingo_blocks.vision import VisionEncoder
 
@@ -216,8 +216,7 @@ def load_flamingo(
         decoder_layers=options.get("decoder_layers_attr_name"),
         residual_stream=find_residual_stream(lm, {i: layers[i] for i in indices}),
         attend=attend,
-        **{f"cross_attention_{name}": value for name, value in block.items()},
-        **{name if name == "num_latents" else f"resampler_{name}": value for name, value in sizes.items()},
+        **as_configured(block, sizes),
         max_frames=shape_of(parts.resampler, "frame_embs")[0] if "frame_embs" in parts.resampler else 0,
         image_token_id=special_token_id(text, IMAGE_TOKEN),
         end_of_chunk_token_id=special_token_id(text, END_OF_CHUNK_TOKEN),
