@@ -12,26 +12,19 @@ import torch
 from open_flamingo.src.flamingo import Flamingo as OpenFlamingo
 from open_flamingo.src.flamingo_lm import FlamingoLMMixin
 from open_flamingo.src.utils import extend_instance
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import OPTConfig, OPTForCausalLM
 
 from flamingo_blocks import FlamingoConfig, FlamingoForConditionalGeneration
 from flamingo_blocks.configuration_flamingo import FlamingoVisionConfig
+from flamingo_blocks.convert.flamingo_pytorch import BLOCK, resampler_table
+from flamingo_blocks.convert.renaming import to_theirs
 
 # The shape of OPT-125M, which is also that of the smallest GPT-2 and of Pythia-160M.
 VOCAB, DIM, LAYERS = 50_272, 768, 12
 # OpenFlamingo's vision encoder is CLIP ViT-L/14.
 VISION_DIM, PATCHES = 1024, 256
 IMAGE = VOCAB  # both models get two tokens beyond the language model's own, as their builders give them
-# A name of OpenFlamingo's, and ours.
-_FEED_FORWARD = {"0": "norm_feed_forward", "1": "feed_forward.to_hidden", "3": "feed_forward.to_out"}
-_BLOCK = {f"attn.{name}": name for name in ("norm", "to_q", "to_kv", "to_out")} | {
-    f"ff.{theirs}": ours for theirs, ours in _FEED_FORWARD.items()
-}
-_RESAMPLER_LAYER = {"0.norm_media": "norm_features", "0.norm_latents": "norm_latents"} | {
-    f"0.{name}": name for name in ("to_q", "to_kv", "to_out")
-}
-_RESAMPLER_LAYER |= {f"1.{theirs}": ours for theirs, ours in _FEED_FORWARD.items()}
 
 
 def language_model() -> Any:
@@ -59,14 +52,14 @@ def flamingo(lm: Any) -> Any:
         cross_attention_heads=8,
         cross_attention_head_dim=64,
         gate_init=0.5,
+        cross_attention_activation="gelu",
         resampler_heads=8,
         resampler_head_dim=64,
+        resampler_activation="gelu",
+        max_frames=0,
     )
     model: Any = FlamingoForConditionalGeneration(config, language_model=lm)
-    for layer in (*model.injector.blocks.values(), *model.resampler.layers):
-        layer.feed_forward.activation = nn.GELU()
     with torch.no_grad():
-        model.resampler.features.temporal_embeddings.zero_()  # OpenFlamingo has none
         # In OPT, a token is read and predicted with the same row.
         model.new_tokens.embeddings.weight.normal_(std=0.02)
         model.new_tokens.head.weight.copy_(model.new_tokens.embeddings.weight)
@@ -90,28 +83,15 @@ def open_flamingo(lm: Any, ours: Any) -> Any:
     with torch.no_grad():
         lm.get_input_embeddings().weight[VOCAB:] = ours.new_tokens.embeddings.weight
     for block, of_ours in zip(lm.gated_cross_attn_layers, ours.injector.blocks.values(), strict=True):
-        gates = {"attn_gate": of_ours.gate.alpha, "ff_gate": of_ours.gate_feed_forward.alpha}
-        block.load_state_dict(_renamed(_BLOCK, of_ours.state_dict()) | gates)
-    resampler = ours.resampler
-    tensors = {"latents": resampler.latents, "norm.weight": resampler.norm.weight, "norm.bias": resampler.norm.bias}
-    for index, layer in enumerate(resampler.layers):
-        renamed = _renamed(_RESAMPLER_LAYER, layer.state_dict())
-        tensors |= {f"layers.{index}.{name}": tensor for name, tensor in renamed.items()}
-    theirs.perceiver.load_state_dict(tensors)
+        block.load_state_dict(to_theirs(BLOCK, of_ours.state_dict()))
+    theirs.perceiver.load_state_dict(
+        to_theirs(resampler_table(len(ours.resampler.layers)), ours.resampler.state_dict())
+    )
     # Trained is what ours trains, all but the two new rows, which cannot be trained here without the other 50,272.
     theirs.requires_grad_(False)
     theirs.perceiver.requires_grad_(True)
     lm.gated_cross_attn_layers.requires_grad_(True)
     return theirs.eval()
-
-
-def _renamed(names: dict[str, str], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {
-        f"{theirs}.{kind}": tensors[f"{ours}.{kind}"]
-        for theirs, ours in names.items()
-        for kind in ("weight", "bias")
-        if f"{ours}.{kind}" in tensors
-    }
 
 
 def both() -> tuple[Any, Any]:

@@ -28,6 +28,10 @@ from flamingo_blocks.blocks import (
     dense_media_mask,
     media_ranges,
 )
+from flamingo_blocks.convert.flamingo_pytorch import BLOCK, resampler_table
+from flamingo_blocks.convert.idefics import block_table
+from flamingo_blocks.convert.mllama import BLOCK as MLLAMA_BLOCK
+from flamingo_blocks.convert.renaming import Rename, to_ours
 
 LATENTS = 64
 HEAD_DIM = 64
@@ -63,7 +67,7 @@ def open_flamingo(*, dim: int, media_dim: int, heads: int = 8) -> Peer:
     module = OpenFlamingoBlock(dim=dim, dim_visual=media_dim, dim_head=HEAD_DIM, heads=heads)
     ours = _paper_block(dim=dim, media_dim=media_dim, heads=heads)
     _randomize(module)
-    ours.load_state_dict(_from_open_flamingo(module.state_dict()), assign=True)
+    _share(module, ours, BLOCK)
     return Peer("OpenFlamingo", module, ours, partial(_told_locations, module))
 
 
@@ -77,7 +81,7 @@ def flamingo_pytorch(*, dim: int, heads: int = 8) -> Peer:
     module = FlamingoPytorchBlock(dim=dim, dim_head=HEAD_DIM, heads=heads)
     ours = _paper_block(dim=dim, media_dim=dim, heads=heads)
     _randomize(module)
-    ours.load_state_dict(_from_open_flamingo(module.state_dict()), assign=True)
+    _share(module, ours, BLOCK)
     return Peer("flamingo-pytorch", module, ours, partial(_told_locations, module))
 
 
@@ -93,18 +97,6 @@ def _paper_block(*, dim: int, media_dim: int, heads: int) -> GatedCrossAttention
         head_dim=HEAD_DIM,
         feed_forward=partial(FeedForward, activation=nn.GELU),
     )
-
-
-def _from_open_flamingo(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    names = {
-        "attn.": "",
-        "attn_gate": "gate.alpha",
-        "ff.0.": "norm_feed_forward.",
-        "ff.1.": "feed_forward.to_hidden.",
-        "ff.3.": "feed_forward.to_out.",
-        "ff_gate": "gate_feed_forward.alpha",
-    }
-    return {_rename(name, names): weight for name, weight in state.items()}
 
 
 def idefics(*, dim: int, media_dim: int, hidden: int) -> Peer:
@@ -132,8 +124,7 @@ def idefics(*, dim: int, media_dim: int, hidden: int) -> Peer:
         feed_forward=partial(SwiGLU, hidden=hidden),
     )
     _randomize(module)
-    gates = {"alpha_cross_attn": "gate.alpha", "alpha_dense": "gate_feed_forward.alpha"}
-    ours.load_state_dict(_from_transformers(module.state_dict(), gates), assign=True)
+    _share(module, ours, block_table("tanh"))
 
     def for_layout(is_media: Tensor) -> Block:
         dtype = module.alpha_dense.dtype
@@ -184,8 +175,7 @@ def mllama(*, dim: int, hidden: int) -> Peer:
         feed_forward=partial(SwiGLU, hidden=hidden),
     )
     _randomize(module)
-    gates = {"cross_attn_attn_gate": "gate.alpha", "cross_attn_mlp_gate": "gate_feed_forward.alpha"}
-    ours.load_state_dict(_from_transformers(module.state_dict(), gates), assign=True)
+    _share(module, ours, MLLAMA_BLOCK)
 
     def for_layout(is_media: Tensor) -> Block:
         # The last axis is that of an image's tiles: one.
@@ -205,22 +195,6 @@ def mllama(*, dim: int, hidden: int) -> Peer:
         return block
 
     return Peer("Mllama", module, ours, for_layout)
-
-
-def _from_transformers(state: dict[str, Tensor], gates: dict[str, str]) -> dict[str, Tensor]:
-    names = gates | {
-        "input_layernorm.": "norm.",
-        "cross_attn.q_proj.": "to_q.",
-        "cross_attn.o_proj.": "to_out.",
-        "cross_attn.q_norm.": "q_norm.",
-        "cross_attn.k_norm.": "k_norm.",
-        "post_attention_layernorm.": "norm_feed_forward.",
-        "mlp.gate_proj.": "feed_forward.to_gate.",
-        "mlp.up_proj.": "feed_forward.to_hidden.",
-        "mlp.down_proj.": "feed_forward.to_out.",
-    }
-    keys_values = [state.pop(f"cross_attn.{name}.weight") for name in ("k_proj", "v_proj")]
-    return {_rename(name, names): weight for name, weight in state.items()} | {"to_kv.weight": torch.cat(keys_values)}
 
 
 def open_flamingo_resampler(*, dim: int, depth: int) -> tuple[nn.Module, PerceiverResampler]:
@@ -258,26 +232,17 @@ def _our_resampler(theirs: nn.Module, *, dim: int, depth: int) -> PerceiverResam
         head_dim=HEAD_DIM,
         latents=LATENTS,
         feed_forward=partial(FeedForward, activation=nn.GELU),
+        max_frames=0,
     )
-    state = {"features.temporal_embeddings": torch.zeros_like(ours.features.temporal_embeddings)}
-    for name, weight in theirs.state_dict().items():
-        match name.split(".", 3):
-            case ["layers", layer, "0", rest]:
-                state[f"layers.{layer}.{rest.replace('norm_media', 'norm_features')}"] = weight
-            case ["layers", layer, "1", rest]:
-                names = {"0.": "norm_feed_forward.", "1.": "feed_forward.to_hidden.", "3.": "feed_forward.to_out."}
-                state[f"layers.{layer}.{_rename(rest, names)}"] = weight
-            case _ if name != "media_pos_emb":
-                state[name] = weight
-    ours.load_state_dict(state, assign=True)
+    _share(theirs, ours, resampler_table(depth))
     return ours
 
 
-def _rename(name: str, prefixes: dict[str, str]) -> str:
-    for old, new in prefixes.items():
-        if name.startswith(old):
-            return new + name.removeprefix(old)
-    return name
+def _share(theirs: nn.Module, ours: nn.Module, renames: list[Rename]) -> None:
+    """Give ours the weights of theirs, in the same memory where tensors are the same."""
+    shapes = {name: tensor.shape for name, tensor in ours.state_dict().items()}
+    tensors = {name: tensor for name, tensor in theirs.state_dict().items() if name != "media_pos_emb"}
+    ours.load_state_dict(to_ours(renames, tensors, shapes), assign=True)
 
 
 def _mask(is_media: Tensor) -> Tensor:

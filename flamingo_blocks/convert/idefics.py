@@ -45,7 +45,7 @@ from flamingo_blocks.convert.checkpoint import Checkpoint, Config, directory_of,
 from flamingo_blocks.convert.clip_vision import clip_vision_config, transformers_clip
 from flamingo_blocks.convert.renaming import Rename, load_module, part_of, under
 from flamingo_blocks.modeling_flamingo import FlamingoForConditionalGeneration
-from flamingo_blocks.parts import as_configured, make_block, make_resampler
+from flamingo_blocks.parts import Gating, as_configured, make_block, make_resampler
 from flamingo_blocks.processing_flamingo import FlamingoProcessor, special_token_id
 
 IMAGE_TOKEN = "<image>"
@@ -178,7 +178,7 @@ def load_blocks(state_dict: Mapping[str, Tensor], config: Config) -> dict[int, G
         )
     with torch.device("meta"):  # without initial values
         blocks = [make_block(dim=family.hidden_size, media_dim=_vision_dim(family), **options) for _ in indices]
-    table = _block_table(options["gating"])
+    table = block_table(options["gating"])
     return {
         index: load_module(block, table, part_of(tensors, f"{n}."))
         for n, (index, block) in enumerate(zip(indices, blocks, strict=True))
@@ -396,7 +396,12 @@ def _vision_encoder(family: IdeficsConfig) -> Any:
 # ------------------------------------------------------------ tensors
 
 
-def _block_table(gating: str) -> list[Rename]:
+def block_table(gating: Gating) -> list[Rename]:
+    """Give the table for a block.
+
+    Args:
+        gating: `"tanh"` or `"tanh_per_channel"`.
+    """
     axes = "1 1 dim -> dim" if gating == "tanh_per_channel" else ""
     gates = {"alpha_cross_attn": "gate.alpha", "alpha_dense": "gate_feed_forward.alpha"}
     return [*_BLOCK, *(Rename(theirs, ours, axes) for theirs, ours in gates.items())]
@@ -415,7 +420,7 @@ def _table(config: FlamingoConfig, layers: list[int]) -> list[Rename]:
     if config.resampler == "perceiver":
         renames += under(_resampler_table(config.resampler_depth), theirs=_RESAMPLER, ours="resampler.")
     for n, index in enumerate(layers):
-        renames += under(_block_table(config.gating), theirs=f"{_BLOCKS}{n}.", ours=f"injector.blocks.{index}.")
+        renames += under(block_table(config.gating), theirs=f"{_BLOCKS}{n}.", ours=f"injector.blocks.{index}.")
     return renames
 
 

@@ -287,7 +287,7 @@ def load_blocks(state_dict: Mapping[str, Tensor], config: Config) -> dict[int, G
         prefix = f"{names.decoder}.layers.{theirs}."
         part = {name: tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
         block = make_block(dim=text.hidden_size, media_dim=text.hidden_size, **_block_sizes(text))
-        blocks[index] = load_module(block, under(_BLOCK, theirs=prefix, ours=""), part)
+        blocks[index] = load_module(block, under(BLOCK, theirs=prefix, ours=""), part)
     return blocks
 
 
@@ -418,7 +418,7 @@ _NAMES: dict[Names, _Prefixes] = {
     ),
 }
 # A layer with cross-attention.
-_BLOCK = [
+BLOCK = [
     Rename("input_layernorm", "norm"),
     Rename("cross_attn.q_proj", "to_q"),
     Rename(("cross_attn.k_proj", "cross_attn.v_proj"), "to_kv"),
@@ -463,7 +463,7 @@ def _table(names: _Prefixes, layers: int, blocks: Sequence[int]) -> list[Rename]
     theirs = 0
     for index in range(layers):
         if index in blocks:
-            renames += under(_BLOCK, theirs=f"{names.decoder}.layers.{theirs}.", ours=f"injector.blocks.{index}.")
+            renames += under(BLOCK, theirs=f"{names.decoder}.layers.{theirs}.", ours=f"injector.blocks.{index}.")
             theirs += 1
         renames.append(Rename(f"{names.decoder}.layers.{theirs}", f"language_model.model.layers.{index}"))
         theirs += 1
