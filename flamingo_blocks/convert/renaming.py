@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from einops import EinopsError, rearrange
@@ -67,36 +67,22 @@ def to_ours(renames: Iterable[Rename], theirs: Mapping[str, Tensor], shapes: Sha
         ValueError: If a tensor of theirs has no place here, one of ours is not there, or a shape is wrong. It lists
             them.
     """
-    renames = list(renames)
-    table = {prefix: rename for rename in renames for prefix in _as_tuple(rename.theirs)}
+    groups, unused, missing = _sort(renames, theirs, "theirs")
     result: dict[str, Tensor] = {}
-    unused, missing = [], []
-    for name in theirs:
-        found = _find(table, name)
-        if found is None:
-            unused.append(name)
+    for rename, sources, targets in groups:
+        if unknown := [target for target in targets if target not in shapes]:
+            unused.append(f"{sources[0]} (which would be {', '.join(unknown)})")
             continue
-        prefix, rename = found
-        rest = name.removeprefix(prefix)
-        sources = [part + rest for part in _as_tuple(rename.theirs)]
-        targets = [part + rest for part in _as_tuple(rename.ours)]
-        if name != sources[0]:
-            if sources[0] not in theirs:
-                missing.append(sources[0])
+        whole = theirs[sources[0]] if len(sources) == 1 else torch.cat([theirs[source] for source in sources])
+        whole = _rearrange(sources[0], whole, rename.axes)
+        if len(targets) == 1:
+            result[targets[0]] = whole
             continue
-        if absent := [source for source in sources if source not in theirs]:
-            missing += absent
-        elif unknown := [target for target in targets if target not in shapes]:
-            unused.append(f"{name} (which would be {', '.join(unknown)})")
-        else:
-            whole = theirs[name] if len(sources) == 1 else torch.cat([theirs[source] for source in sources])
-            whole = _rearrange(name, whole, rename.axes)
-            sizes = [shapes[target][0] for target in targets] if len(targets) > 1 else [len(whole)]
-            if sum(sizes) != len(whole):
-                raise ValueError(f"{name} must have {sum(sizes)} rows, got {len(whole)}")
-            parts = whole.split(sizes)
-            # Not as views: a checkpoint of ours cannot hold tensors that share memory.
-            result |= zip(targets, [part.clone() for part in parts] if len(parts) > 1 else parts, strict=True)
+        sizes = [shapes[target][0] for target in targets]
+        if sum(sizes) != len(whole):
+            raise ValueError(f"{sources[0]} must have {sum(sizes)} rows, got {len(whole)}")
+        # Not as views: a checkpoint of ours cannot hold tensors that share memory.
+        result |= {target: part.clone() for target, part in zip(targets, whole.split(sizes), strict=True)}
     missing += [f"{name} here" for name in shapes if name not in result]
     if unused or missing:
         raise ValueError(_complaint(unused, missing))
@@ -123,32 +109,15 @@ def to_theirs(renames: Iterable[Rename], ours: Mapping[str, Tensor]) -> dict[str
     Raises:
         ValueError: If a tensor of ours has no place there. It lists them.
     """
-    renames = list(renames)
-    table = {prefix: rename for rename in renames for prefix in _as_tuple(rename.ours)}
-    result: dict[str, Tensor] = {}
-    unused, missing = [], []
-    for name in ours:
-        found = _find(table, name)
-        if found is None:
-            unused.append(name)
-            continue
-        prefix, rename = found
-        rest = name.removeprefix(prefix)
-        sources = [part + rest for part in _as_tuple(rename.ours)]
-        targets = [part + rest for part in _as_tuple(rename.theirs)]
-        if name != sources[0]:
-            if sources[0] not in ours:
-                missing.append(sources[0])
-            continue
-        if absent := [source for source in sources if source not in ours]:
-            missing += absent
-            continue
-        whole = ours[name] if len(sources) == 1 else torch.cat([ours[source] for source in sources])
-        parts = [part.clone() for part in whole.chunk(len(targets))] if len(targets) > 1 else [whole]
-        here_to_there = " -> ".join(reversed(rename.axes.split(" -> ")))
-        result |= {t: _rearrange(name, part, here_to_there) for t, part in zip(targets, parts, strict=True)}
+    groups, unused, missing = _sort(renames, ours, "ours")
     if unused or missing:
         raise ValueError(_complaint(unused, missing))
+    result: dict[str, Tensor] = {}
+    for rename, sources, targets in groups:
+        whole = ours[sources[0]] if len(sources) == 1 else torch.cat([ours[source] for source in sources])
+        parts = [part.clone() for part in whole.chunk(len(targets))] if len(targets) > 1 else [whole]
+        axes = " -> ".join(reversed(rename.axes.split(" -> ")))
+        result |= {t: _rearrange(sources[0], part, axes) for t, part in zip(targets, parts, strict=True)}
     return result
 
 
@@ -195,6 +164,33 @@ def part_of(state_dict: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
         prefix: Of the part's names, with its dot. It is taken off.
     """
     return {name.removeprefix(prefix): tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
+
+
+def _sort(
+    renames: Iterable[Rename], tensors: Mapping[str, Tensor], side: Literal["theirs", "ours"]
+) -> tuple[list[tuple[Rename, list[str], list[str]]], list[str], list[str]]:
+    """Sort tensors of one side into what belongs together.
+
+    Returns:
+        Each entry of the table, as often as there are tensors for it, with their names there and on the other side;
+        names that stand nowhere in the table; and names of parts that are missing.
+    """
+    other = "ours" if side == "theirs" else "theirs"
+    table = {prefix: rename for rename in renames for prefix in _as_tuple(getattr(rename, side))}
+    groups, unused, missing = [], [], []
+    for name in tensors:
+        found = _find(table, name)
+        if found is None:
+            unused.append(name)
+            continue
+        prefix, rename = found
+        rest = name.removeprefix(prefix)
+        sources = [part + rest for part in _as_tuple(getattr(rename, side))]
+        if absent := [source for source in sources if source not in tensors]:
+            missing += absent
+        elif name == sources[0]:
+            groups.append((rename, sources, [part + rest for part in _as_tuple(getattr(rename, other))]))
+    return groups, unused, sorted(set(missing))
 
 
 def _with_prefix(names: str | tuple[str, ...], prefix: str) -> str | tuple[str, ...]:
