@@ -35,6 +35,7 @@ def command(files: dict[str, str], out: Path, *others: str) -> list[str]:
     return ["open_flamingo", files["checkpoint.pt"], "--out", str(out), *backbones, *others]
 
 
+@pytest.mark.unchecked  # see tests/test_processing_flamingo.py::test_a_processor_round_trips
 def test_a_checkpoint_is_converted(files: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     main(command(files, out))
