@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flamingo_blocks.blocks import media_mask
 from flamingo_blocks.blocks.attention import KeyValues
-from flamingo_blocks.blocks.media_mask import Attend, MediaRuns, check_ranges_fit
+from flamingo_blocks.blocks.media_mask import Attend, MediaRuns, check_ranges, check_ranges_fit
 
 _NOWHERE = 2**31 - 1  # where padding media stand
 
@@ -94,9 +94,9 @@ class MediaCache:
             what the last token saw.
 
         Raises:
-            ValueError: If a row's `<image>` tokens and new media do not agree in number, `media_ranges` name media that
-                are not there, there are neither as many rows as before nor a multiple, text would see media that were
-                dropped, or the cache was closed. The cache is then as it was.
+            ValueError: If a row's `<image>` tokens and new media do not agree in number, `media_ranges` do not fit the
+                text or name media that are not there, there are neither as many rows as before nor a multiple, text
+                would see media that were dropped, or the cache was closed. The cache is then as it was.
         """
         if self._closed_by is not None:
             raise ValueError(
@@ -121,6 +121,11 @@ class MediaCache:
         num_dropped = had - held if start else torch.zeros_like(had)
         times = batch // had.shape[0]
         if media_ranges is not None:  # refused if need be
+            if media_ranges.shape[1] != media_locations.shape[1]:
+                raise ValueError(
+                    f"media_ranges are for {media_ranges.shape[1]} tokens, but the text has {media_locations.shape[1]}"
+                )
+            check_ranges(media_ranges)
             check_ranges_fit(media_ranges, (num_dropped + num_left).repeat_interleave(times) + num_media)
             if num_dropped.any():
                 _without(media_ranges, num_dropped.repeat_interleave(times).to(media_ranges.device))
@@ -144,7 +149,8 @@ class MediaCache:
             positions = places.where(media_locations, _NOWHERE).sort(dim=1).values
             self._keeps_newest = attend == "last" and not self.keep_all
         else:
-            positions = torch.full_like(media_locations, start, dtype=torch.long)
+            new = int(num_media.max())  # they may be more than the tokens
+            positions = torch.full((batch, new), start, device=media_locations.device)
             self._keeps_newest = False
         self._add_media(key_values, num_media, positions)
         self._ranges, self._start = media_ranges, start
@@ -181,6 +187,24 @@ class MediaCache:
             ValueError: If media were dropped that are in the ranges (not checked under `torch.compile`).
         """
         return ranges if self._num_dropped is None else _without(ranges, self._num_dropped)
+
+    def check_runs(self, runs: MediaRuns) -> None:
+        """Refuse runs that name media which a row does not have, such as the padding of other rows.
+
+        Args:
+            runs: Of ranges over what is held.
+
+        Raises:
+            ValueError: If they do (not checked under `torch.compile`).
+        """
+        assert self._num_held is not None
+        held = self._num_held.tolist()
+        for run in runs.table or ():
+            if run.media_stop > held[run.row]:
+                raise ValueError(
+                    f"row {run.row} of media_cache holds {held[run.row]} media, but its tokens are to see media up to "
+                    f"{run.media_stop}; ranges and masks count all media of their row from its first one"
+                )
 
     def close(self, reason: str) -> None:
         """Let nothing be added any more, since the language model's cache does not hold the text that was returned.

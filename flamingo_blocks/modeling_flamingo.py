@@ -152,6 +152,13 @@ class FlamingoForConditionalGeneration(FlamingoGenerationMixin, PreTrainedModel)
             raise ValueError(
                 f"vision_encoder must be a VisionEncoder, got {type(vision_encoder).__name__}; make one of it"
             )
+        vision: Any = config.vision_config
+        for option in ("keep_prefix_tokens", "final_norm"):
+            if vision_encoder is not None and getattr(vision_encoder, option) != getattr(vision, option):
+                raise ValueError(
+                    f"vision_encoder has {option}={getattr(vision_encoder, option)}, but config.vision_config says "
+                    f"{getattr(vision, option)}; make them agree, else what is saved would load as another model"
+                )
         # Under from_pretrained, modules are made without data, and all non-persistent buffers are lost.
         is_meta = torch.get_default_device().type == "meta"
         if is_meta and language_model is not None and language_model.device.type != "meta":
@@ -352,6 +359,8 @@ class FlamingoForConditionalGeneration(FlamingoGenerationMixin, PreTrainedModel)
             raise ValueError("give input_ids or inputs_embeds")
         if labels is not None and labels.shape != text.shape[:2]:
             raise ValueError(f"labels must have the text's shape, {tuple(text.shape[:2])}, got {tuple(labels.shape)}")
+        if document_ids is not None and (media_ranges is not None or media_mask is not None):
+            raise ValueError("document_ids tell what tokens see, as media_ranges and media_mask do; give one of them")
         has_media = pixel_values is not None or vision_features is not None
         runs = None
         if media_mask is not None:
@@ -378,7 +387,8 @@ class FlamingoForConditionalGeneration(FlamingoGenerationMixin, PreTrainedModel)
         media: Tensor | Mapping[int, KeyValues]
         num_media, is_new = None, True
         in_order = media_ranges is None and self.config.attend != "all_previous"
-        if media_cache is not None and media_ranges is not None and not has_media:  # the cache knows this text
+        # Text that the cache knows, as generate's steps are.
+        if media_cache is not None and media_cache.rows and media_ranges is not None and not has_media:
             is_new = False
         else:
             is_image = self._is_image(text)
@@ -419,6 +429,8 @@ class FlamingoForConditionalGeneration(FlamingoGenerationMixin, PreTrainedModel)
                 num_media=num_media,
                 in_order=in_order and rows_per_media == 1,
             )
+            if media_cache is not None and not is_new:
+                media_cache.check_runs(runs)
         arguments = {
             "attention_mask": attention_mask,
             "position_ids": position_ids,

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from flamingo_blocks.blocks import (
+    LinearResampler,
     MeanPoolResampler,
     MediaFeatures,
     MLPResampler,
@@ -18,7 +19,8 @@ from flamingo_blocks.new_tokens import NewTokens
 
 # Modules none of whose parameters decays, submodules' included.
 _EXEMPT = (
-    *(PerceiverResampler, MLPResampler, TransformerResampler, MeanPoolResampler, MediaFeatures, NewTokens),
+    *(PerceiverResampler, MLPResampler, TransformerResampler, MeanPoolResampler, LinearResampler),
+    *(MediaFeatures, NewTokens),
     *(nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm),
 )
 

@@ -1,6 +1,5 @@
 """FlamingoProcessor: text, images and videos in, tensors for the model out."""
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from io import BytesIO
@@ -390,13 +389,22 @@ class FlamingoProcessor(ProcessorMixin):
         return result
 
     def _count_image_tokens(self, text: Sequence[str], options: Mapping[str, Any]) -> list[int]:
-        if options.get("sanitize_control_tokens"):  # some <image> are meant as text; only the tokenizer knows which
-            ids = self.tokenizer(list(text), add_special_tokens=False, sanitize_control_tokens=True)["input_ids"]
+        # Where some <image> are meant as text, or are within another token, as < is in <EOC>, only the tokenizer knows.
+        if options.get("sanitize_control_tokens") or self._is_within_another_token():
+            sanitize = {"sanitize_control_tokens": True} if options.get("sanitize_control_tokens") else {}
+            ids = self.tokenizer(list(text), add_special_tokens=False, **sanitize)["input_ids"]
             return [row.count(self.image_token_id) for row in ids]
-        # Other tokens may hold it in their names, as <EOC> holds <; of several that begin together, the longest counts.
-        tokens = {self.image_token, *(t for t in self.tokenizer.get_added_vocab() if self.image_token in t)}
-        pattern = re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))))
-        return [pattern.findall(row).count(self.image_token) for row in text]
+        return [row.count(self.image_token) for row in text]
+
+    def _is_within_another_token(self) -> bool:
+        """Whether a text may hold the image token's name where there is none: within, or across, another token."""
+        name = self.image_token
+        parts = [(name[:i], name[i:]) for i in range(1, len(name))]
+        return any(
+            name in token or any(token.endswith(begin) or token.startswith(end) for begin, end in parts)
+            for token in self.tokenizer.get_added_vocab()
+            if token != name
+        )
 
     def _transform(
         self, rows: Sequence[Sequence["_Medium"]], sampling: "_Sampling", *, as_lists: bool

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 Returns = Literal["tokens", "map"]
-Method = Literal["forward_features", "forward_intermediates", "forward"]
+Method = Literal["forward_features", "forward_intermediates", "tokens_before_norm", "forward"]
 Shape = tuple[int, ...]
 Size = tuple[int, int]
 InputSize = tuple[int, int, int]
@@ -37,6 +37,7 @@ class TokenLayout:
         grid: Patches along height and width. None: a module that returns tokens does not say.
         method: What of the backbone is called. `"forward_intermediates"`: where `forward_features` gives class tokens
             alone, the patches are the last intermediate map, which has not passed a final norm.
+            `"tokens_before_norm"`: where the final norm is left out.
     """
 
     axes: Literal["NCHW", "NHWC", "NLC", "NCL"]
@@ -74,8 +75,8 @@ class VisionEncoder(nn.Module):
             and its `forward_features` is examined.
         prefix_tokens: How many tokens stand before the patches, if `returns="tokens"`; e.g. 1 class token.
         keep_prefix_tokens: Give class and register tokens, too, in front of the patches, as IDEFICS does.
-        final_norm: False: give tokens as they are before the final norm, as OpenFlamingo does; the backbone keeps its
-            `norm`, but does not apply it any more.
+        final_norm: False: give tokens as they are before the final norm, as OpenFlamingo does. For timm's vision
+            transformers and others that have tokens there.
 
     Attributes:
         layout: What the backbone returns for such images.
@@ -84,7 +85,7 @@ class VisionEncoder(nn.Module):
 
     Raises:
         ValueError: If the backbone takes no images of this size, or does not return a grid of tokens, or not what
-            `returns` says, or it has no final norm that could be left out.
+            `returns` says, or it cannot give tokens before its final norm.
 
     Example:
         ```python
@@ -129,14 +130,11 @@ class VisionEncoder(nn.Module):
             if returns is not None:
                 raise
             raise _name_sizes(error, name, size, native, layout_for) from error.__cause__
+        if not final_norm:
+            self._leave_out_norm(backbone, (channels, *size))
         if keep_prefix_tokens:
             tokens = self.layout.prefix_tokens + self.layout.patches
             self.layout = replace(self.layout, prefix_tokens=0, patches=tokens, grid=None)
-        if not final_norm:
-            norm = getattr(backbone, "norm", None)
-            if not isinstance(norm, nn.Module):
-                raise ValueError(f"{name} has no final norm by the name of norm; leave out final_norm=False")
-            backbone.norm = norm if isinstance(norm, Unapplied) else Unapplied(norm)
         self.image_size = size
         self.channels = channels
         self.output_dtype = output_dtype
@@ -204,6 +202,21 @@ class VisionEncoder(nn.Module):
             raise _name_sizes(error, name, size, native, layout_for) from error.__cause__
         return cls(backbone, image_size=size, **options)
 
+    def _leave_out_norm(self, backbone: nn.Module, input_size: InputSize) -> None:
+        name, layout = type(backbone).__name__, self.layout
+        before = replace(layout, method="tokens_before_norm")
+        try:
+            if layout.axes != "NLC" or layout.method != "forward_features":
+                raise ValueError("it has no sequence of tokens")
+            shape = _shape(_on_meta(backbone), before.method, input_size)
+            if shape != (2, layout.prefix_tokens + layout.patches, layout.dim):
+                raise ValueError(f"they would be {shape} for 2 images")
+        except ValueError as error:
+            raise ValueError(
+                f"{name} cannot give tokens before its final norm, leave out final_norm=False: {error}"
+            ) from error
+        self.layout = before
+
     @property
     def vision_dim(self) -> int:
         """Width of a token."""
@@ -218,6 +231,9 @@ class VisionEncoder(nn.Module):
         """Let the backbone be trained, with its own statistics and dropout."""
         self.is_frozen = False
         self.backbone.requires_grad_(True).train(self.training)
+        norm = None if self.final_norm else getattr(self.backbone, "norm", None)
+        if isinstance(norm, nn.Module):  # it would never get a gradient
+            norm.requires_grad_(False)
 
     def train(self, mode: bool = True) -> "VisionEncoder":
         """Set the mode of this module, but leave a frozen backbone in eval mode: its statistics must not move."""
@@ -246,22 +262,6 @@ class VisionEncoder(nn.Module):
         with torch.no_grad() if self.is_frozen else nullcontext():
             features = _run(self.backbone, self.layout.method, images.to(dtype))
         return self.layout.to_tokens(features).to(self.output_dtype or dtype)
-
-
-class Unapplied(nn.Module):
-    """Stand in the place of a module and keep its weights, so that checkpoints stay whole, but do nothing.
-
-    Args:
-        module: The module.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, x: Float[Tensor, "*axes"]) -> Float[Tensor, "*axes"]:
-        """Return the input."""
-        return x
 
 
 def find_layout(
@@ -421,6 +421,12 @@ def _run(backbone: Any, method: Method, images: Tensor) -> Any:
             result = backbone.forward_features(images)
         case "forward_intermediates":
             result = backbone.forward_intermediates(images, indices=1, intermediates_only=True, output_fmt="NCHW")
+        case "tokens_before_norm":
+            (last,) = backbone.forward_intermediates(
+                images, indices=1, return_prefix_tokens=True, norm=False, output_fmt="NLC", intermediates_only=True
+            )
+            # A pair, where there are prefix tokens.
+            return torch.cat([last[1], last[0]], dim=1) if isinstance(last, tuple) else last
     while isinstance(result, list | tuple):
         result = result[-1]
     return result

@@ -21,5 +21,7 @@ def _seed() -> None:
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """Leave the tests out that need other implementations, unless they are asked for: `make parity` installs them."""
-    asked_for = any("parity" in str(argument) for argument in config.args)
-    return True if collection_path.name == "parity" and not asked_for else None
+    if collection_path != Path(__file__).parent / "parity":
+        return None
+    asked_for = [Path(argument.partition("::")[0]).absolute() for argument in config.args]
+    return None if any(path.is_relative_to(collection_path) for path in asked_for) else True

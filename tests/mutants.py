@@ -1381,9 +1381,9 @@ MUTANTS = [
         "the final norm can be left out",
         "it is applied all the same",
         VISION,
-        "backbone.norm = norm if isinstance(norm, Unapplied) else Unapplied(norm)",
-        "backbone.norm = norm",
-        "tests/test_vision.py::test_the_final_norm_can_be_left_out_and_keeps_its_weights",
+        "return_prefix_tokens=True, norm=False",
+        "return_prefix_tokens=True, norm=True",
+        "tests/test_vision.py::test_the_final_norm_can_be_left_out_and_the_backbone_stays_what_it_is",
     ),
     Mutant(
         "names of a configuration become modules",

@@ -119,3 +119,31 @@ def test_text_that_would_see_dropped_media_is_refused_and_the_cache_is_as_it_was
     assert cache.num_media.tolist() == [3, 1]
     cache.update(*more, start=0)
     assert cache.num_media.tolist() == [0, 0]
+
+
+def test_media_that_are_more_than_the_tokens_stay_when_text_is_cropped() -> None:
+    """As the tiles of an image: their place is the begin of the text that came with them."""
+    cache, num_media = MediaCache(), torch.tensor([5, 3])
+    text = torch.zeros(2, 3, dtype=torch.bool)
+    cache.update(
+        numbered(num_media, torch.zeros(2)), num_media, text, media_ranges=torch.tensor([[[0, 5]] * 3, [[0, 3]] * 3])
+    )
+    cache.update({}, torch.zeros(2, dtype=torch.long), text[:, 2:], start=2)
+    assert cache.num_media is not None
+    assert cache.num_media.tolist() == [5, 3]
+    cache.update({}, torch.zeros(2, dtype=torch.long), text, start=0)
+    assert cache.num_media.tolist() == [0, 0]
+
+
+@pytest.mark.unchecked
+@pytest.mark.parametrize(
+    "ranges, message", [([[[0, 1]] * 2], "are for 2 tokens, but the text has 3"), ([[[1, 0]] * 3], "0 <= start")]
+)
+def test_ranges_that_do_not_fit_leave_the_cache_as_it_was(ranges: list[list[list[int]]], message: str) -> None:
+    cache, num_media = MediaCache(), torch.tensor([1])
+    text = torch.zeros(1, 3, dtype=torch.bool)
+    cache.update(numbered(num_media, torch.zeros(1)), num_media, text, media_ranges=torch.tensor([[[0, 1]] * 3]))
+    before = dict(vars(cache))
+    with pytest.raises(ValueError, match=message):
+        cache.update(numbered(num_media, torch.ones(1)), num_media, text, media_ranges=torch.tensor(ranges))
+    assert vars(cache) == before

@@ -384,6 +384,50 @@ def test_a_resampler_without_parameters_runs_with_media_and_without() -> None:
     model.generate(prompt.input_ids.clamp(max=VOCAB - 1), max_new_tokens=2)
 
 
+@pytest.mark.parametrize("resampler", ["mlp", "transformer", "mean_pool", "linear", "perceiver"])
+def test_half_precision_features_meet_a_resampler_without_temporal_embeddings(resampler: Any) -> None:
+    model, _ = make_flamingo(resampler=resampler, max_frames=0, resampler_dim=None, dtype=torch.bfloat16)
+    model.vision_encoder.to(torch.bfloat16)
+    prompt = Prompt.make(model)
+    both = model.encode_media(prompt.pixel_values, prompt.num_frames)
+    assert both.dtype == torch.float32 or resampler == "linear"  # which has no parameters here
+    alone = model.encode_media(prompt.pixel_values[:1, 1:], prompt.num_frames[:1, 1:])
+    torch.testing.assert_close(both[0, 1], alone[0, 0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("option", [{"keep_prefix_tokens": True}, {"final_norm": False}])
+def test_a_vision_encoder_that_is_not_as_configured_is_refused(option: Any) -> None:
+    model, _ = make_flamingo()
+    encoder = VisionEncoder(model.vision_encoder.backbone, image_size=32, **option)
+    language_model = model.eject()
+    with pytest.raises(ValueError, match=f"vision_encoder has {next(iter(option))}=.*but config.vision_config says"):
+        FlamingoForConditionalGeneration(model.config, language_model=language_model, vision_encoder=encoder)
+
+
+def test_ranges_over_a_cache_may_not_name_padding() -> None:
+    model, _ = make_flamingo()
+    prompt, cache, media_cache = Prompt.make(model), DynamicCache(), MediaCache(keep_all=True)
+    caches: dict[str, Any] = {model._cache_name: cache, "media_cache": media_cache}
+    model(**prompt.inputs, **caches)  # the second row has one medium, and padding
+    following = torch.full((2, 1), 11)
+    for told in (
+        {"media_ranges": torch.tensor([[[0, 2]], [[0, 2]]])},
+        {"media_mask": torch.ones(2, 1, 2, dtype=torch.bool)},
+    ):
+        with pytest.raises(ValueError, match="row 1 of media_cache holds 1 media, but its tokens are to see"):
+            model(following, **caches, **told)
+    model(following, **caches, media_ranges=torch.tensor([[[0, 2]], [[0, 1]]]))
+
+
+def test_text_whose_ranges_are_told_may_come_with_an_empty_cache() -> None:
+    model, _ = make_flamingo()
+    input_ids, nothing = torch.randint(10, 40, (2, 5)), torch.zeros(2, 5, 2, dtype=torch.long)
+    expected = model(input_ids, media_ranges=nothing, use_cache=False).logits
+    assert torch.equal(model(input_ids, media_ranges=nothing, media_cache=MediaCache()).logits, expected)
+    with pytest.raises(ValueError, match="document_ids tell what tokens see"):
+        model(input_ids, media_ranges=nothing, document_ids=torch.zeros(2, 5, dtype=torch.long))
+
+
 def test_tokens_without_media_can_be_left_to_the_language_model() -> None:
     model, _ = make_flamingo(feed_forward_without_media=False)
     prompt = Prompt.make(model)

@@ -45,7 +45,7 @@ def test_the_groups_have_the_weight_decay_asked_for_and_the_models_order() -> No
 
 
 @pytest.mark.parametrize("gating", ["tanh", "tanh_per_channel", "none"])
-@pytest.mark.parametrize("resampler", ["perceiver", "mlp", "transformer", "mean_pool"])
+@pytest.mark.parametrize("resampler", ["perceiver", "mlp", "transformer", "mean_pool", "linear"])
 def test_no_ablation_lets_a_gate_or_a_resampler_decay(gating: Any, resampler: Any) -> None:
     model, _ = make_flamingo(gating=gating, resampler=resampler)
     decayed, _ = names(model)

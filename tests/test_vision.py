@@ -471,19 +471,31 @@ def test_prefix_tokens_can_be_kept_in_front(name: str, prefix: int) -> None:
     assert torch.equal(tokens[:, prefix:], without(images))
 
 
-def test_the_final_norm_can_be_left_out_and_keeps_its_weights() -> None:
-    backbone: Any = make_encoder("vit").backbone
+@pytest.mark.parametrize("name", ["vit", "siglip"])
+def test_the_final_norm_can_be_left_out_and_the_backbone_stays_what_it_is(name: str) -> None:
+    backbone: Any = make_encoder(name).backbone
     nn.init.normal_(backbone.norm.weight)
-    normed = VisionEncoder(copy.deepcopy(backbone))
-    raw = VisionEncoder(copy.deepcopy(backbone), final_norm=False)
-    images = random_images(raw, 2)
-    assert not torch.allclose(raw(images), normed(images))
-    torch.testing.assert_close(backbone.norm(raw(images)), normed(images))
-    assert torch.equal(raw.state_dict()["backbone.norm.module.weight"], backbone.norm.weight)
-    again = VisionEncoder(raw.backbone, final_norm=False)  # it is left out already
-    assert torch.equal(again(images), raw(images))
-    with pytest.raises(ValueError, match="ResNet has no final norm by the name of norm"):
-        VisionEncoder(make_encoder("resnet").backbone, final_norm=False)
+    normed = VisionEncoder(backbone, keep_prefix_tokens=True)
+    images = random_images(normed, 2)
+    expected, names = normed(images), list(backbone.state_dict())
+    raw = VisionEncoder(backbone, keep_prefix_tokens=True, final_norm=False)
+    assert not torch.allclose(raw(images), expected)
+    torch.testing.assert_close(backbone.norm(raw(images)), expected)
+    patches = VisionEncoder(backbone, final_norm=False)
+    assert torch.equal(patches(images), raw(images)[:, -patches.layout.patches :])
+    assert torch.equal(normed(images), expected)
+    assert list(backbone.state_dict()) == names
+    raw.unfreeze()
+    raw(images).sum().backward()
+    assert not any(p.requires_grad for p in backbone.norm.parameters()), "it would have no gradient"
+    assert all(p.grad is not None for p in backbone.blocks.parameters())
+
+
+@pytest.mark.parametrize("name", ["resnet", "convnext", "swin", "crossvit", "pit"])
+def test_a_backbone_without_tokens_before_a_final_norm_is_refused(name: str) -> None:
+    backbone = make_encoder(name).backbone
+    with pytest.raises(ValueError, match="cannot give tokens before its final norm, leave out final_norm=False"):
+        VisionEncoder(backbone, final_norm=False)
 
 
 def test_the_dtype_of_tokens_is_the_backbones_or_the_one_asked_for() -> None:

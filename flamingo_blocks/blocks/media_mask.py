@@ -224,7 +224,7 @@ class MediaRuns:
         if torch.compiler.is_compiling():
             return cls(ranges, None, bool(in_order))
         on_host = ranges.detach().cpu()
-        _check_ranges(on_host)
+        check_ranges(on_host)
         if num_media is not None:
             _check_num_media(on_host, num_media.tolist())
         table = _collect_runs(on_host)
@@ -350,7 +350,17 @@ def _collect_segments(ranges: Int[Tensor, "batch text 2"], num_media: int) -> Me
     return MediaSegments(medium, length, sees_something, is_wrong)
 
 
-def _check_ranges(ranges: Int[Tensor, "batch text 2"]) -> None:
+def check_ranges(ranges: Int[Tensor, "batch text 2"]) -> None:
+    """Refuse ranges that are negative or backwards.
+
+    Args:
+        ranges: What each token sees.
+
+    Raises:
+        ValueError: If one is. Not checked under `torch.compile`.
+    """
+    if torch.compiler.is_compiling():
+        return
     wrong = (ranges[..., 0] < 0) | (ranges[..., 1] < ranges[..., 0])
     if wrong.any():
         row, token = wrong.nonzero()[0].tolist()

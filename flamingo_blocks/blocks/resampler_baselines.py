@@ -39,7 +39,7 @@ class MeanPoolResampler(nn.Module):
         num_frames: Int[Tensor, "batch media"] | None = None,
     ) -> Float[Tensor, "batch media 1 {self.dim}"]:
         """Average each medium; arguments as for `PerceiverResampler`."""
-        features, is_real = self.features(features, num_frames)
+        features, is_real = self.features(features.to(self.norm.weight.dtype), num_frames)
         return self.norm(_mean_over_frames(features, is_real).mean(dim=2, keepdim=True))
 
 
@@ -65,9 +65,8 @@ class LinearResampler(nn.Module):
         num_frames: Int[Tensor, "batch media"] | None = None,
     ) -> Float[Tensor, "batch media latents {self.dim}"]:
         """Average the frames, then project each patch; arguments as for `PerceiverResampler`."""
-        features, is_real = clear_padding(features, num_frames)
-        features = _mean_over_frames(features, is_real)
-        return self.project(features.to(next(self.parameters(), features).dtype))
+        features, is_real = clear_padding(features.to(next(self.parameters(), features).dtype), num_frames)
+        return self.project(_mean_over_frames(features, is_real))
 
 
 class MLPResampler(nn.Module):
@@ -104,7 +103,7 @@ class MLPResampler(nn.Module):
         num_frames: Int[Tensor, "batch media"] | None = None,
     ) -> Float[Tensor, "batch media latents {self.dim}"]:
         """Map each patch, then average the frames; arguments as for `PerceiverResampler`."""
-        features, is_real = self.features(features, num_frames)
+        features, is_real = self.features(features.to(self.norm.weight.dtype), num_frames)
         features = features + self.feed_forward(self.norm_feed_forward(features))
         return self.norm(_mean_over_frames(features, is_real))
 
@@ -164,7 +163,7 @@ class TransformerResampler(nn.Module):
         num_frames: Int[Tensor, "batch media"] | None = None,
     ) -> Float[Tensor, "batch media latents {self.dim}"]:
         """Mix the patches of each medium, then average the frames; arguments as for `PerceiverResampler`."""
-        features, is_real = self.features(features, num_frames)
+        features, is_real = self.features(features.to(self.norm.weight.dtype), num_frames)
         batch, media, frames, patches, _ = features.shape
         ignore = None
         if is_real is not None:

@@ -67,20 +67,19 @@ def clip_vision_config(
     )
 
 
-def transformers_clip(layers: int, *, theirs: str, final_norm: bool = False) -> list[Rename]:
+def transformers_clip(layers: int, *, theirs: str) -> list[Rename]:
     """Give the table for CLIP's vision transformer in transformers.
 
     Args:
         layers: Number of layers.
         theirs: Prefix of the module there, with its dot.
-        final_norm: Whether the encoder here applies its final norm.
     """
     renames = [
         Rename("embeddings.class_embedding", "cls_token", "dim -> 1 1 dim"),
         Rename("embeddings.patch_embedding", "patch_embed.proj"),
         Rename("embeddings.position_embedding.weight", "pos_embed", "tokens dim -> 1 tokens dim"),
         Rename("pre_layrnorm", "norm_pre"),
-        Rename("post_layernorm", "norm" if final_norm else "norm.module"),
+        Rename("post_layernorm", "norm"),
     ]
     layer = [
         Rename("layer_norm1", "norm1"),
@@ -95,20 +94,19 @@ def transformers_clip(layers: int, *, theirs: str, final_norm: bool = False) -> 
     return under(renames, theirs=theirs, ours=OURS)
 
 
-def open_clip(layers: int, *, theirs: str, final_norm: bool = False) -> list[Rename]:
+def open_clip(layers: int, *, theirs: str) -> list[Rename]:
     """Give the table for open_clip's vision transformer, without the projection of its pooled token.
 
     Args:
         layers: Number of layers.
         theirs: Prefix of the module there, with its dot.
-        final_norm: Whether the encoder here applies its final norm.
     """
     renames = [
         Rename("class_embedding", "cls_token", "dim -> 1 1 dim"),
         Rename("conv1", "patch_embed.proj"),
         Rename("positional_embedding", "pos_embed", "tokens dim -> 1 tokens dim"),
         Rename("ln_pre", "norm_pre"),
-        Rename("ln_post", "norm" if final_norm else "norm.module"),
+        Rename("ln_post", "norm"),
     ]
     layer = [
         Rename("ln_1", "norm1"),

@@ -476,7 +476,7 @@ def _load_vision_encoder(encoder: VisionEncoder, tensors: Mapping[str, Tensor]) 
     backbone = encoder.backbone
     shapes = {clip_vision.OURS + name: tensor.shape for name, tensor in backbone.state_dict().items()}
     table = clip_vision.open_clip if "conv1.weight" in tensors else clip_vision.transformers_clip
-    loaded = to_ours(table(len(backbone.blocks), theirs="", final_norm=encoder.final_norm), tensors, shapes)
+    loaded = to_ours(table(len(backbone.blocks), theirs=""), tensors, shapes)
     backbone.load_state_dict({name.removeprefix(clip_vision.OURS): tensor for name, tensor in loaded.items()})
 
 
