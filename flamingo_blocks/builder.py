@@ -140,7 +140,7 @@ def build_flamingo(
     Source: Alayrac et al. 2022, section 2 and table 3.
     """
     _check_options(sizes, freeze)
-    dtype, trained_dtype = _as_dtype("dtype", dtype), _as_dtype("trained_dtype", trained_dtype) or torch.float32
+    dtype, trained_dtype = as_dtype("dtype", dtype), as_dtype("trained_dtype", trained_dtype) or torch.float32
     lm, text_revision = load_language_model(language_model, dtype=dtype)
     encoder, vision_config = load_vision_encoder(vision_encoder, image_size=image_size, channels=channels, dtype=dtype)
     if tokenizer is None and not lm.config.name_or_path:
@@ -363,7 +363,16 @@ def _check_options(sizes: Mapping[str, Any], freeze: Collection[str]) -> None:
             raise ValueError(f'freeze must be a collection of "language_model" and "vision_encoder", got {freeze!r}')
 
 
-def _as_dtype(name: str, dtype: torch.dtype | str | None) -> torch.dtype | None:
+def as_dtype(name: str, dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """Read a floating-point dtype, given as such or by its name.
+
+    Args:
+        name: Of the argument.
+        dtype: Its value.
+
+    Raises:
+        ValueError: If it is something else.
+    """
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype, dtype)
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):

@@ -10,6 +10,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
 from flamingo_blocks.blocks import Attend
+from flamingo_blocks.new_tokens import NewTokenHead
 from flamingo_blocks.parts import Activation, Gating, Norm, Resampler
 from flamingo_blocks.residual_stream import StreamLayout
 
@@ -132,6 +133,7 @@ class FlamingoConfig(PreTrainedConfig):
         end_of_chunk_token_id: Id of `<EOC>`. None: the id after `image_token_id`.
         new_token_ids: Those ids that the language model has no embedding for and that get a trained one. None:
             `<image>` and `<EOC>`.
+        new_token_head: What gives their logits, see `NewTokens`.
         trained_dtype: Of resampler, blocks and new tokens, whatever the language model is loaded in. None: as the
             language model.
         vision_dtype: Of the vision encoder. None: as the language model.
@@ -180,6 +182,7 @@ class FlamingoConfig(PreTrainedConfig):
     image_token_id: int | None = None
     end_of_chunk_token_id: int | None = None
     new_token_ids: list[int] | None = None
+    new_token_head: NewTokenHead = "linear"
     trained_dtype: str | None = None
     vision_dtype: str | None = None
 

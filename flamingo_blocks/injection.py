@@ -6,7 +6,7 @@ Nothing here knows any model library; a decoder layer is a module that is called
 
 import inspect
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -169,10 +169,7 @@ class LMLayerInjector(nn.Module):
         if self.is_injected:
             raise ValueError("this injector is already in place; call eject() first")
         _check_indices(self.layer_indices, len(layers))
-        if any(isinstance(hook, _BlockHook) for layer in layers for hook in layer._forward_pre_hooks.values()):
-            raise ValueError(
-                "this language model already has blocks injected; call eject() on the injector that holds them"
-            )
+        check_has_no_blocks(layers)
         for index in self.layer_indices:
             if sum(layer is layers[index] for layer in layers) > 1:
                 raise ValueError(
@@ -291,6 +288,21 @@ class LMLayerInjector(nn.Module):
             batch=rows * scope.rows_per_media,
             text=positions // scope.rows_per_media,
             dim=getattr(block, "dim", 0),  # a plain stream needs none
+        )
+
+
+def check_has_no_blocks(layers: Iterable[nn.Module]) -> None:
+    """Refuse decoder layers before which there are blocks.
+
+    Args:
+        layers: All decoder layers of a language model.
+
+    Raises:
+        ValueError: If there are some.
+    """
+    if any(isinstance(hook, _BlockHook) for layer in layers for hook in layer._forward_pre_hooks.values()):
+        raise ValueError(
+            "this language model already has blocks injected; call eject() on the injector that holds them"
         )
 
 

@@ -194,6 +194,7 @@ class FlamingoForConditionalGeneration(FlamingoGenerationMixin, PreTrainedModel)
                 embedding_dim=embedding.weight.shape[1],
                 head_dim=head.weight.shape[1],
                 old_token_id=ordinary_token(lm),
+                head=config.new_token_head,
             )
             if not head.weight.is_meta:
                 self.new_tokens.start_from(lm)
@@ -244,13 +245,15 @@ class FlamingoForConditionalGeneration(FlamingoGenerationMixin, PreTrainedModel)
                 parameters[name].requires_grad_(name.startswith(tuple(frozen)))
 
     def trained_module_names(self) -> list[str]:
-        """Name the resampler, the blocks and the new tokens' tables: what PEFT takes as `modules_to_save`.
+        """Name the resampler, the blocks and the new tokens' tables, but none that is frozen, for `modules_to_save`.
 
         PEFT freezes everything but what it adds, and saves nothing else; modules of these names it trains and saves,
         too. They are the largest ones that it can put a wrapper around: whoever calls them, gets them by name.
         """
         names = ["resampler", *(f"injector.blocks.{index}" for index in self.injector.layer_indices)]
-        return names if self.new_tokens is None else [*names, "new_tokens.embeddings", "new_tokens.head"]
+        if self.new_tokens is not None:
+            names += [f"new_tokens.{name}" for name, _ in self.new_tokens.named_children()]
+        return [name for name in names if any(p.requires_grad for p in self.get_submodule(name).parameters())]
 
     # ------------------------------------------------------------ forward
 

@@ -6,14 +6,17 @@ and a table that is frozen in part is still moved by weight decay.
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from flamingo_blocks.scopes import Opened, Scopes
+
+NewTokenHead = Literal["linear", "linear_without_bias", "tied"]
 
 
 class NewTokens(nn.Module):
@@ -30,20 +33,29 @@ class NewTokens(nn.Module):
         head_dim: Width of what enters the head.
         old_token_id: What a language model is given in place of an id that it does not know: a token that means nothing
             special to it, such as padding.
+        head: What gives the logits: a `"linear"` layer of their own, one `"linear_without_bias"`, or the embeddings,
+            `"tied"`, for language models that have one table for both.
 
     Attributes:
         embeddings: One row a token, as the input embedding returns it.
-        head: One row a token, as the head holds it, and a bias.
+        head: One row a token, as the head holds it, and a bias; None if tied.
 
     Raises:
-        ValueError: If ids are given twice, or leave a gap behind the vocabulary.
+        ValueError: If ids are given twice, or leave a gap behind the vocabulary, or tied tables would differ in width.
 
     Source: Alayrac et al. 2022, appendix A.1 (`<image>` and `<EOC>` are added to the vocabulary; their embeddings are
     trained).
     """
 
     def __init__(
-        self, token_ids: Sequence[int], *, vocab_size: int, embedding_dim: int, head_dim: int, old_token_id: int = 0
+        self,
+        token_ids: Sequence[int],
+        *,
+        vocab_size: int,
+        embedding_dim: int,
+        head_dim: int,
+        old_token_id: int = 0,
+        head: NewTokenHead = "linear",
     ) -> None:
         super().__init__()
         token_ids = sorted(token_ids)
@@ -52,12 +64,15 @@ class NewTokens(nn.Module):
             raise ValueError(
                 f"new token ids must differ and continue a vocabulary of {vocab_size} without a gap, got {token_ids}"
             )
+        if head == "tied" and head_dim != embedding_dim:
+            raise ValueError(f"tied tables must be of one width, got {embedding_dim} and {head_dim}")
         self.token_ids = tuple(token_ids)
         self.vocab_size = vocab_size
         self.old_token_id = old_token_id
         # Modules, not bare parameters: what trains modules by their names, as PEFT does, can have them one by one.
         self.embeddings = nn.Embedding(len(token_ids), embedding_dim)
-        self.head = nn.Linear(head_dim, len(token_ids))
+        # Typed as those that have one need it.
+        self.head: Any = None if head == "tied" else nn.Linear(head_dim, len(token_ids), bias=head == "linear")
         self.reset_parameters()
         self._scopes = Scopes()
         self._handles: list[RemovableHandle] = []
@@ -65,8 +80,10 @@ class NewTokens(nn.Module):
     def reset_parameters(self) -> None:
         """Draw small random rows. `start_from` gives better ones."""
         nn.init.normal_(self.embeddings.weight, std=0.02)
-        nn.init.normal_(self.head.weight, std=0.02)
-        nn.init.zeros_(self.head.bias)
+        if self.head is not None:
+            nn.init.normal_(self.head.weight, std=0.02)
+            if self.head.bias is not None:
+                nn.init.zeros_(self.head.bias)
 
     @torch.no_grad()
     def start_from(self, lm: nn.Module) -> None:
@@ -84,10 +101,12 @@ class NewTokens(nn.Module):
         for ids in torch.arange(embedding.weight.shape[0], device=embedding.weight.device).split(8192):
             total += embedding(ids).to(total).sum(0)  # through the module: some scale what they look up
         self.embeddings.weight.copy_(total / embedding.weight.shape[0])
+        if self.head is None:
+            return
         # torchao's quantised tensors know no mean.
         weight = head.weight if type(head.weight) is nn.Parameter else head.weight.dequantize()
         self.head.weight.copy_(weight.mean(0, dtype=torch.float32))
-        if getattr(head, "bias", None) is not None:
+        if getattr(head, "bias", None) is not None and self.head.bias is not None:
             self.head.bias.fill_(head.bias.mean(dtype=torch.float32))
 
     def inject(self, lm: nn.Module) -> None:
@@ -148,7 +167,11 @@ class NewTokens(nn.Module):
     def _add_logits(self, hidden_states: Tensor, logits: Tensor) -> Tensor:
         if self._scopes.current.value is None:
             return logits
-        new = self.head(hidden_states.to(self.head.weight.dtype)).to(logits.dtype)
+        weight = self.embeddings.weight
+        if self.head is None:
+            new = F.linear(hidden_states.to(weight.dtype), weight).to(logits.dtype)
+        else:
+            new = self.head(hidden_states.to(weight.dtype)).to(logits.dtype)
         inside = [i for i in self.token_ids if i < self.vocab_size]
         if inside:
             logits = logits.index_copy(-1, torch.tensor(inside, device=logits.device), new[..., : len(inside)])

@@ -48,6 +48,7 @@ LAYERS = [
     "convert.checkpoint",
     "convert.clip_vision",
     "convert.assembly",
+    "convert.token_tables",
     "convert.flamingo_pytorch",
     "convert.open_flamingo",
     "convert.idefics",

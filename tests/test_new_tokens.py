@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flamingo_blocks.language import ordinary_token
-from flamingo_blocks.new_tokens import NewTokens
+from flamingo_blocks.new_tokens import NewTokenHead, NewTokens
 from tests.tiny_flamingo import make_flamingo
 from tests.tiny_language_models import CONFIGS, VOCAB, make_lm
 
@@ -16,11 +16,10 @@ every_lm = pytest.mark.parametrize("name", CONFIGS)
 IDS = (50, VOCAB, VOCAB + 1)
 
 
-def inject(lm: Any, token_ids: tuple[int, ...] = IDS) -> NewTokens:
-    embedding, head = lm.get_input_embeddings(), lm.get_output_embeddings()
-    new_tokens = NewTokens(
-        token_ids, vocab_size=VOCAB, embedding_dim=embedding.weight.shape[1], head_dim=head.weight.shape[1]
-    )
+def inject(lm: Any, token_ids: tuple[int, ...] = IDS, *, head: NewTokenHead = "linear") -> NewTokens:
+    embedding_dim = lm.get_input_embeddings().weight.shape[1]
+    head_dim = lm.get_output_embeddings().weight.shape[1]
+    new_tokens = NewTokens(token_ids, vocab_size=VOCAB, embedding_dim=embedding_dim, head_dim=head_dim, head=head)
     new_tokens.start_from(lm)
     new_tokens.inject(lm)
     return new_tokens
@@ -67,6 +66,34 @@ def test_new_tokens_are_what_a_resized_language_model_would_have(name: str) -> N
     torch.testing.assert_close(
         run(lm, new_tokens, input_ids), wide(input_ids, use_cache=False).logits, atol=1e-4, rtol=1e-4
     )
+
+
+@pytest.mark.parametrize("name", ["opt", "gpt2", "llama"])
+def test_tied_tables_are_one_as_in_a_resized_language_model(name: str) -> None:
+    lm, wide = make_lm(name), make_lm(name)
+    for model in (lm, wide):
+        model.get_output_embeddings().weight = model.get_input_embeddings().weight
+    new_tokens = inject(lm, (VOCAB, VOCAB + 1), head="tied")
+    nn.init.normal_(new_tokens.embeddings.weight)
+    assert list(new_tokens.state_dict()) == ["embeddings.weight"]
+    wide.config.tie_word_embeddings = True
+    wide.resize_token_embeddings(VOCAB + 2, mean_resizing=False)
+    with torch.no_grad():
+        wide.get_input_embeddings().weight[VOCAB:] = new_tokens.embeddings.weight
+    input_ids = torch.tensor([[3, VOCAB, 5], [VOCAB + 1, 8, VOCAB]])
+    expected = wide(input_ids, use_cache=False).logits
+    torch.testing.assert_close(run(lm, new_tokens, input_ids), expected, atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match="tied tables must be of one width, got 4 and 8"):
+        NewTokens((VOCAB,), vocab_size=VOCAB, embedding_dim=4, head_dim=8, head="tied")
+
+
+def test_a_head_may_have_no_bias() -> None:
+    lm = make_lm("llama")
+    new_tokens = inject(lm, head="linear_without_bias")
+    assert sorted(new_tokens.state_dict()) == ["embeddings.weight", "head.weight"]
+    torch.testing.assert_close(new_tokens.head.weight, lm.lm_head.weight.mean(0).expand(3, -1))
+    new_tokens.reset_parameters()
+    assert run(lm, new_tokens, torch.tensor([[VOCAB, 4]])).isfinite().all()
 
 
 @every_lm

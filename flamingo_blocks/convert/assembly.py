@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
 
 from flamingo_blocks.backbones import ensure_padding, load_tokenizer
-from flamingo_blocks.builder import check_injection, choose_decoding
+from flamingo_blocks.builder import as_dtype, check_injection, choose_decoding
 from flamingo_blocks.configuration_flamingo import FlamingoConfig
 from flamingo_blocks.convert.renaming import Rename, to_ours, to_theirs
 from flamingo_blocks.modeling_flamingo import FlamingoForConditionalGeneration
@@ -34,7 +34,7 @@ def assemble(
     fixed: Mapping[str, Tensor],
     language_model: Any = None,
     vision_encoder: VisionEncoder | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
 ) -> FlamingoForConditionalGeneration:
     """Make a model and load a checkpoint into it.
 
@@ -53,6 +53,7 @@ def assemble(
     Raises:
         ValueError: If a tensor is left over, is missing or has the wrong shape, or the parts cannot be joined.
     """
+    dtype = as_dtype("dtype", dtype)
     with no_init_weights():
         model: Any = FlamingoForConditionalGeneration(
             config, language_model=language_model, vision_encoder=vision_encoder
@@ -68,11 +69,11 @@ def assemble(
         name: tensor.shape for name, tensor in ours.items() if not name.startswith(tuple(given)) and name not in fixed
     }
     try:
-        loaded = to_ours(renames, tensors, expected) | dict(fixed)
-        if dtype is not None:
-            loaded = {
-                name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in loaded.items()
-            }
+        loaded = {
+            # Beside a given language model, which may be elsewhere.
+            name: tensor.to(ours[name].device, dtype if tensor.is_floating_point() else None)
+            for name, tensor in (to_ours(renames, tensors, expected) | dict(fixed)).items()
+        }
         model.load_state_dict(loaded, strict=False, assign=True)
         if language_model is None:
             model.language_model.tie_weights()

@@ -34,17 +34,18 @@ def read_tensors(checkpoint: Checkpoint, *, progress: bool = False) -> dict[str,
         progress: Show a bar for files that are read tensor by tensor.
 
     Returns:
-        Tensors by name, on the CPU. A prefix `module.`, which distributed training puts before all names, is taken off.
+        Tensors by name, on the CPU, contiguous, and independent of the files. A prefix `module.`, which distributed
+        training puts before all names, is taken off.
 
     Raises:
         OSError: If there is no such file, or it is damaged.
         ValueError: If it holds something else than tensors.
     """
     if isinstance(checkpoint, Mapping):
-        tensors = {name: value.clone() if isinstance(value, Tensor) else value for name, value in checkpoint.items()}
+        tensors = {name: _own(value) for name, value in checkpoint.items()}
     else:
         path = _find_file(Path(checkpoint).expanduser())
-        files = sorted(set(_read_json(path)["weight_map"].values())) if path.suffix == ".json" else [path.name]
+        files = _read_index(path) if path.suffix == ".json" else [path.name]
         tensors = {}
         for file in files:
             tensors |= _read_file(path.parent / file, progress=progress)
@@ -53,6 +54,8 @@ def read_tensors(checkpoint: Checkpoint, *, progress: bool = False) -> dict[str,
         raise ValueError(
             f"a checkpoint must hold tensors by name, got something else: {', '.join(wrong[:5]) or 'nothing'}"
         )
+    if on_meta := [name for name, value in tensors.items() if value.is_meta]:
+        raise ValueError(f"a checkpoint must hold data, but these tensors are on the meta device: {on_meta[:5]}")
     if all(name.startswith("module.") for name in tensors):
         tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
     return tensors
@@ -120,7 +123,7 @@ def _read_file(path: Path, *, progress: bool) -> dict[Any, Any]:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
                 names = tqdm(file.keys(), desc=path.name, disable=not progress)
-                return {name: file.get_tensor(name) for name in names}
+                return {name: _own(file.get_tensor(name)) for name in names}
         content: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
     except Exception as error:
         raise OSError(f"{str(path)!r} cannot be read as a checkpoint of tensors: {error}") from error
@@ -129,7 +132,21 @@ def _read_file(path: Path, *, progress: bool) -> dict[Any, Any]:
             content = content[name]
     if not isinstance(content, Mapping):
         raise ValueError(f"{str(path)!r} must hold tensors by name, got a {type(content).__name__}")
-    return dict(content)
+    return {name: _own(value) for name, value in content.items()}
+
+
+def _own(value: Any) -> Any:
+    """Copy a tensor: one that is mapped from a file would follow it, and crash where it is written again."""
+    if not isinstance(value, Tensor) or value.is_meta:
+        return value
+    return value.detach().clone(memory_format=torch.contiguous_format)
+
+
+def _read_index(path: Path) -> list[str]:
+    files = _read_json(path).get("weight_map")
+    if not isinstance(files, dict) or not files:
+        raise ValueError(f"{str(path)!r} is no index of files: it has no weight_map; name the checkpoint itself")
+    return sorted(set(files.values()))
 
 
 def _is_zip(path: Path) -> bool:

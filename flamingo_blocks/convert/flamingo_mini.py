@@ -44,6 +44,7 @@ from transformers import (
 
 from flamingo_blocks.backbones import load_language_model, load_tokenizer, load_vision_encoder, loading
 from flamingo_blocks.blocks import GatedCrossAttentionBlock, PerceiverResampler
+from flamingo_blocks.builder import as_dtype
 from flamingo_blocks.chat import default_chat_template
 from flamingo_blocks.configuration_flamingo import FlamingoConfig, FlamingoVisionConfig
 from flamingo_blocks.convert.assembly import assemble, disassemble, make_processor
@@ -214,7 +215,7 @@ def load_flamingo(
     language_model: str | Path | PreTrainedConfig | PreTrainedModel | None = None,
     vision_encoder: str | Path | FlamingoVisionConfig | VisionEncoder | nn.Module | None = None,
     vision_config: Config | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     progress: bool = False,
 ) -> tuple[FlamingoForConditionalGeneration, FlamingoProcessor]:
     """Load a whole model.
@@ -257,7 +258,7 @@ def load_flamingo(
 
     Source: flamingo-mini, `FlamingoModel` and `FlamingoProcessor`.
     """
-    numbers = _read_config(config, checkpoint)
+    numbers, dtype = _read_config(config, checkpoint), as_dtype("dtype", dtype)
     tensors = _without_prefix(read_tensors(checkpoint, progress=progress))
     named = numbers["lm"] if language_model is None else language_model
     is_whole = any(".lm_block." in name for name in tensors)
@@ -342,7 +343,10 @@ def to_flamingo_mini(
     else:
         without += ["vision_encoder."]
     if trained_only:
-        without += [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+        # The final norm, which nothing passes, is trained there in name.
+        in_name = () if model.vision_encoder.is_frozen else ("vision_encoder.backbone.norm.",)
+        frozen = (name for name, parameter in model.named_parameters() if not parameter.requires_grad)
+        without += [name for name in frozen if not name.startswith(in_name)]
     tensors = disassemble(model, renames, fixed={}, without=tuple(without))
     return tensors if trained_only else {_PREFIX + name: tensor for name, tensor in tensors.items()}
 
@@ -404,6 +408,8 @@ def _resampler_table(depth: int, *, ours: str) -> list[Rename]:
 def _read_config(config: Config | None, checkpoint: Checkpoint) -> dict[str, Any]:
     found = read_config(config, checkpoint)
     numbers = {name: found.get(name, default) for name, default in _DEFAULTS.items()}
+    if numbers["xattn_every"] < 1:
+        raise ValueError(f"config['xattn_every'] must be at least 1, got {numbers['xattn_every']}")
     for name in ("xattn_act", "resampler_act"):
         if numbers[name] not in _ACTIVATIONS:
             raise ValueError(f"config[{name!r}] must be {' or '.join(_ACTIVATIONS)}, got {numbers[name]!r}")

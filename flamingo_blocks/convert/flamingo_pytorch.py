@@ -14,9 +14,12 @@ from typing import Any
 from torch import Tensor
 
 from flamingo_blocks.blocks import GatedCrossAttentionBlock, PerceiverResampler
-from flamingo_blocks.convert.renaming import Rename, load_module, shape_of, to_theirs, under
+from flamingo_blocks.convert.renaming import Rename, listed, load_module, shape_of, to_theirs, under
 from flamingo_blocks.parts import make_block, make_resampler
 
+# Of the constructors there.
+_ARGUMENTS = {"dim", "dim_head", "heads", "ff_mult", "only_attend_immediate_media"}
+_ARGUMENTS |= {"depth", "num_latents", "num_media_embeds"}
 # What both kinds of attention have by the same names, and their feed-forward networks, which hold their norms.
 ATTENTION = [Rename(name, name) for name in ("to_q", "to_kv", "to_out")]
 FEED_FORWARD = [
@@ -57,7 +60,8 @@ def load_block(state_dict: Mapping[str, Tensor], config: Mapping[str, Any] | Non
 
     Args:
         state_dict: Of the block there.
-        config: `dim_head` of its constructor, where it is not 64; its other arguments show in the tensors.
+        config: Arguments of its constructor, of which `dim_head`, or `heads`, is needed where the former is not 64; the
+            others show in the tensors.
 
     Returns:
         The block, in eval mode.
@@ -82,7 +86,7 @@ def load_block(state_dict: Mapping[str, Tensor], config: Mapping[str, Any] | Non
         assert torch.equal(block.to_q.weight, trained.to_q.weight)
         ```
     """
-    sizes = block_sizes(state_dict, **(config or {}))
+    sizes = block_sizes(state_dict, dim_head=_dim_head(config, state_dict, "attn.to_q.weight"))
     dim, media_dim = shape_of(state_dict, "attn.to_q.weight")[1], shape_of(state_dict, "attn.to_kv.weight")[1]
     return load_module(make_block(dim=dim, media_dim=media_dim, **sizes), BLOCK, state_dict)
 
@@ -95,7 +99,8 @@ def load_resampler(state_dict: Mapping[str, Tensor], config: Mapping[str, Any] |
 
     Args:
         state_dict: Of the resampler there.
-        config: `dim_head` of its constructor, where it is not 64; its other arguments show in the tensors.
+        config: Arguments of its constructor, of which `dim_head`, or `heads`, is needed where the former is not 64; the
+            others show in the tensors.
 
     Returns:
         The resampler, in eval mode. What is (batch, time, patches, dim) there is (batch, media, 1, patches, dim) here.
@@ -103,7 +108,7 @@ def load_resampler(state_dict: Mapping[str, Tensor], config: Mapping[str, Any] |
     Raises:
         ValueError: If a tensor is left over, is missing or has the wrong shape.
     """
-    sizes = resampler_sizes(state_dict, **(config or {}))
+    sizes = resampler_sizes(state_dict, dim_head=_dim_head(config, state_dict, "layers.0.0.to_q.weight"))
     dim, max_media = shape_of(state_dict, "latents")[1], shape_of(state_dict, "media_pos_emb")[0]
     resampler = make_resampler(dim=dim, vision_dim=dim, max_frames=0, max_media=max_media, **sizes)
     return load_module(resampler, _with_places(sizes["depth"]), state_dict)
@@ -158,6 +163,17 @@ def resampler_sizes(state_dict: Mapping[str, Tensor], *, dim_head: int = 64) -> 
         "activation": "gelu",
         "num_latents": shape_of(state_dict, "latents")[0],
     }
+
+
+def _dim_head(config: Mapping[str, Any] | None, state_dict: Mapping[str, Tensor], queries: str) -> int:
+    """Find the width of a head by what a constructor's arguments say."""
+    config, inner = dict(config or {}), shape_of(state_dict, queries)[0]
+    if unknown := sorted(set(config) - _ARGUMENTS):
+        raise ValueError(f"config must hold arguments of the module there, {listed(sorted(_ARGUMENTS))}, got {unknown}")
+    dim_head = config.get("dim_head", inner // config["heads"] if config.get("heads") else 64)
+    if dim_head < 1 or inner % dim_head or config.get("heads", inner // dim_head) * dim_head != inner:
+        raise ValueError(f"config must have heads * dim_head = {inner}, the rows of {queries}, got {config}")
+    return int(dim_head)
 
 
 def _with_places(depth: int) -> list[Rename]:

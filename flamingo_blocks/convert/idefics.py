@@ -91,7 +91,6 @@ _LANGUAGE_MODEL = [
     Rename(_NEW_EMBEDDINGS, "new_tokens.embeddings.weight"),
     Rename(_NEW_HEAD, "new_tokens.head.weight"),
 ]
-_NEW_BIAS = "new_tokens.head.bias"
 # What all models of the family have in common, and their tensors do not tell.
 _COMMON = {
     "cross_attention_activation": "swiglu",
@@ -191,7 +190,7 @@ def load_flamingo(
     *,
     tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
     end_of_chunk_token: str | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     progress: bool = False,
 ) -> tuple[FlamingoForConditionalGeneration, FlamingoProcessor]:
     """Load a whole model.
@@ -239,7 +238,7 @@ def load_flamingo(
     if end_of_chunk_token is None:
         end_of_chunk_token = str(tokenizer.eos_token if end_of_utterance is None else END_OF_UTTERANCE)
     if family.tie_word_embeddings:
-        tensors = _with_new_head(tensors, family)
+        tensors = _without_head(tensors)
     flamingo_config = FlamingoConfig(
         text_config=_language_model(family),
         vision_config=_vision_encoder(family),
@@ -248,12 +247,9 @@ def load_flamingo(
         image_token_id=_id_of(tokenizer, IMAGE_TOKEN, family),
         end_of_chunk_token_id=_id_of(tokenizer, end_of_chunk_token, family),
         new_token_ids=[family.vocab_size + i for i in range(family.additional_vocab_size)],
+        new_token_head="tied" if family.tie_word_embeddings else "linear_without_bias",
     )
-    fixed = {}
-    if family.additional_vocab_size:
-        like = tensors.get(_NEW_EMBEDDINGS, torch.zeros(0))
-        fixed[_NEW_BIAS] = like.new_zeros(family.additional_vocab_size)
-    model = assemble(flamingo_config, _table(flamingo_config, _layers(family)), tensors, fixed=fixed, dtype=dtype)
+    model = assemble(flamingo_config, _table(flamingo_config, _layers(family)), tensors, fixed={}, dtype=dtype)
     fake_token = _known(tokenizer, FAKE_TOKEN, family)
     if fake_token is not None:
         generation_config: Any = model.generation_config
@@ -276,8 +272,7 @@ def to_idefics(model: FlamingoForConditionalGeneration) -> dict[str, Tensor]:
         model: As loaded here.
 
     Raises:
-        ValueError: If a tensor has no place there, an option is none of IDEFICS', or a bias of the new tokens' head, or
-            a head apart from tied embeddings, was trained.
+        ValueError: If a tensor has no place there, or an option is none of IDEFICS'.
 
     Example:
         ```python
@@ -290,24 +285,16 @@ def to_idefics(model: FlamingoForConditionalGeneration) -> dict[str, Tensor]:
     expected: dict[str, Any] = dict(_COMMON)
     if config.resampler == "perceiver":
         expected |= _COMMON_RESAMPLER
+    text_config: Any = config.text_config
+    expected["new_token_head"] = "tied" if text_config.tie_word_embeddings else "linear_without_bias"
     for name, value in expected.items():
         if getattr(config, name) != value:
             raise ValueError(f"{name} must be {value!r} for IDEFICS, got {getattr(config, name)!r}")
-    text_config: Any = config.text_config
     depth = text_config.num_hidden_layers
     layers = list(model.injector.layer_indices)
     if depth % len(layers) or layers != list(range(0, depth, depth // len(layers))):
         raise ValueError(f"IDEFICS has blocks at equal distances, from layer 0 on, got {layers} of {depth} layers")
-    bias = {} if model.new_tokens is None else {_NEW_BIAS: torch.zeros_like(model.new_tokens.head.bias)}
-    tensors = disassemble(model, _table(config, layers), fixed=bias)
-    if not text_config.tie_word_embeddings or model.new_tokens is None:
-        return tensors
-    if not torch.equal(tensors.pop(_NEW_HEAD), tensors[_NEW_EMBEDDINGS]):
-        raise ValueError(
-            "new_tokens.head and new_tokens.embeddings were trained apart, but in an IDEFICS with tied embeddings they "
-            "are one; make them equal first"
-        )
-    return tensors
+    return disassemble(model, _table(config, layers), fixed={})
 
 
 # ------------------------------------------------------------ configurations
@@ -323,7 +310,7 @@ def _read(config: Config | None, checkpoint: Checkpoint) -> IdeficsConfig:
         raise ValueError(f"hidden_act must be silu, got {family.hidden_act!r}")
     if family.alpha_type not in ("float", "vector"):
         raise ValueError(f"alpha_type must be float or vector, got {family.alpha_type!r}")
-    if family.num_hidden_layers % family.cross_layer_interval:
+    if family.cross_layer_interval < 1 or family.num_hidden_layers % family.cross_layer_interval:
         raise ValueError(
             f"num_hidden_layers must be a multiple of cross_layer_interval={family.cross_layer_interval}, got "
             f"{family.num_hidden_layers}; the original cannot run such a model, either"
@@ -428,15 +415,12 @@ def _without_buffers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if not name.endswith(DERIVED_BUFFERS)}
 
 
-def _with_new_head(tensors: dict[str, Tensor], family: IdeficsConfig) -> dict[str, Tensor]:
-    """Drop a tied head, and make one for the additional tokens, which have two tables here."""
+def _without_head(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Drop a tied head."""
     for head, embeddings in ((_HEAD, _EMBEDDINGS), (_NEW_HEAD, _NEW_EMBEDDINGS)):
         if head in tensors and embeddings in tensors and not torch.equal(tensors[head], tensors[embeddings]):
             raise ValueError(f"config says tie_word_embeddings=True, but {head} and {embeddings} differ")
-    tensors = {name: tensor for name, tensor in tensors.items() if name not in (_HEAD, _NEW_HEAD)}
-    if family.additional_vocab_size and _NEW_EMBEDDINGS in tensors:
-        tensors[_NEW_HEAD] = tensors[_NEW_EMBEDDINGS].clone()
-    return tensors
+    return {name: tensor for name, tensor in tensors.items() if name not in (_HEAD, _NEW_HEAD)}
 
 
 # ------------------------------------------------------------ tokens

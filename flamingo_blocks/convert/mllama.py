@@ -50,6 +50,7 @@ from transformers.models.mllama.configuration_mllama import MllamaVisionConfig
 
 from flamingo_blocks.backbones import load_tokenizer
 from flamingo_blocks.blocks import GatedCrossAttentionBlock, KeyValues, MediaRuns, PerceiverResampler
+from flamingo_blocks.builder import as_dtype
 from flamingo_blocks.configuration_flamingo import FlamingoConfig, FlamingoVisionConfig
 from flamingo_blocks.convert.assembly import assemble, disassemble, make_processor
 from flamingo_blocks.convert.checkpoint import Checkpoint, Config, directory_of, read_config, read_tensors
@@ -297,7 +298,7 @@ def load_flamingo(
     *,
     tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
     unseeing: Unseeing = "zero",
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     progress: bool = False,
 ) -> tuple[FlamingoForConditionalGeneration, FlamingoProcessor]:
     """Load a whole model.
@@ -324,6 +325,7 @@ def load_flamingo(
     Source: transformers' `MllamaForConditionalGeneration`. Differs: see the module.
     """
     _check_unseeing(unseeing)
+    dtype = as_dtype("dtype", dtype)
     family = _family_config(read_config(config, checkpoint))
     text, vision = family.text_config, family.vision_config
     words: Any = _load_tokenizer(tokenizer, checkpoint, family)

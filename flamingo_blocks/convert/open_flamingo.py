@@ -13,6 +13,7 @@ Source: github.com/mlfoundations/open_flamingo, version 2.0.1; Awadalla et al. 2
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +23,21 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flamingo_blocks.backbones import load_language_model, load_tokenizer, load_vision_encoder
 from flamingo_blocks.blocks import Attend, GatedCrossAttentionBlock, PerceiverResampler
+from flamingo_blocks.builder import as_dtype
 from flamingo_blocks.configuration_flamingo import FlamingoConfig, FlamingoVisionConfig
 from flamingo_blocks.convert import clip_vision
 from flamingo_blocks.convert.assembly import assemble, disassemble, make_processor
 from flamingo_blocks.convert.checkpoint import Checkpoint, Config, read_config, read_tensors
 from flamingo_blocks.convert.flamingo_pytorch import BLOCK, block_sizes, resampler_sizes, resampler_table
 from flamingo_blocks.convert.renaming import Rename, listed, load_module, shape_of, to_ours, under
-from flamingo_blocks.language import find_decoder_layers, find_residual_stream
+from flamingo_blocks.convert.token_tables import TokenTables, head_kind, head_name, name_of, with_rows
+from flamingo_blocks.injection import check_has_no_blocks, select_layers
+from flamingo_blocks.language import find_decoder_layers, find_hidden_size, find_residual_stream
 from flamingo_blocks.modeling_flamingo import FlamingoForConditionalGeneration
 from flamingo_blocks.parts import as_configured, make_block, make_resampler
 from flamingo_blocks.processing_flamingo import FlamingoProcessor, special_token_id
 from flamingo_blocks.vision import VisionEncoder
 
-# GPT-NeoX's head had this name when the models were released, and has another one in transformers today.
-_GPT_NEOX_HEAD = "embed_out"
 IMAGE_TOKEN, END_OF_CHUNK_TOKEN, PADDING_TOKEN = "<image>", "<|endofchunk|>", "<PAD>"
 # Arguments of its create_model_and_transforms, which stand for the configuration that it does not have. The first
 # four can be given here as modules; the last ones say nothing about the model.
@@ -67,6 +69,9 @@ _VISION_ENCODERS = {
     ("ViT-L-14", "openai"): "vit_large_patch14_clip_quickgelu_224.openai",
 }
 _WRAPPERS = re.compile(r"_(?:fsdp_wrapped|checkpoint_wrapped)_module\.")
+# Otter's resampler has its layers' parts by name.
+_OTTER_NETWORK = re.compile(r"^(layers\.\d+)\.feed_forward\.")
+_OTTER_ATTENTION = re.compile(r"^(layers\.\d+)\.(norm_|to_)")
 _BLOCK = re.compile(r"lang_encoder\.(?:gated_cross_attn_layers\.(\d+)|.+?\.(\d+)\.gated_cross_attn_layer)\.(.+)")
 _LAYER = re.compile(r"lang_encoder\.(?:old_decoder_blocks\.(\d+)|(.+?)\.(\d+)\.decoder_layer)\.(.+)")
 
@@ -88,14 +93,8 @@ def load_resampler(state_dict: Mapping[str, Tensor], config: Mapping[str, Any] |
     """
     _check_config(config)
     tensors = _Parts.of(state_dict).resampler
-    sizes, dim = resampler_sizes(tensors), shape_of(tensors, "latents")[1]
-    numbers: dict[str, Any] = {
-        name: shape_of(tensors, theirs)[0] if theirs in tensors else 0
-        for name, theirs in (("max_frames", "frame_embs"), ("max_media", "media_time_embs"))
-    }
-    resampler = make_resampler(dim=dim, vision_dim=dim, **sizes, **numbers)
-    places = Rename("media_time_embs", "features.media_embeddings", "media 1 dim -> media dim")
-    return load_module(resampler, [*_resampler_table(sizes["depth"]), places], tensors)
+    resampler, table, _ = _make_resampler(tensors)
+    return load_module(resampler, table, tensors)
 
 
 def load_blocks(
@@ -116,18 +115,7 @@ def load_blocks(
     """
     blocks = _Parts.of(state_dict).blocks
     _check_places(blocks, _check_config(config))
-    return {
-        index: load_module(
-            make_block(
-                dim=shape_of(tensors, "attn.to_q.weight")[1],
-                media_dim=shape_of(tensors, "attn.to_kv.weight")[1],
-                **block_sizes(tensors),
-            ),
-            BLOCK,
-            tensors,
-        )
-        for index, tensors in sorted(blocks.items())
-    }
+    return {index: load_module(_make_block(tensors), BLOCK, tensors) for index, tensors in sorted(blocks.items())}
 
 
 @torch.no_grad()
@@ -140,7 +128,7 @@ def load_flamingo(
     vision_encoder: str | Path | FlamingoVisionConfig | nn.Module | None = None,
     attend: Attend = "last",
     final_norm: bool = False,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     progress: bool = False,
 ) -> tuple[FlamingoForConditionalGeneration, FlamingoProcessor]:
     """Load a whole model.
@@ -186,41 +174,55 @@ def load_flamingo(
     for new tokens, which stand in tables of their own. Where the checkpoint has no row of the head for a token that is
     new to the language model, it gets the mean of all rows; there, a random one.
     """
-    options = _check_config(_find_config(config, checkpoint))
+    options, dtype = _check_config(_find_config(config, checkpoint)), as_dtype("dtype", dtype)
     parts = _Parts.of(read_tensors(checkpoint, progress=progress))
     _check_places(parts.blocks, options)
-    if not parts.blocks:
-        raise ValueError("the checkpoint has no gated cross-attention blocks (lang_encoder.*.gated_cross_attn_layer.*)")
-    sizes, block = resampler_sizes(parts.resampler), block_sizes(next(iter(parts.blocks.values())))
-    stored = dtype or parts.resampler["latents"].dtype
+    sizes, block, widths = _check_parts(parts)
+    stored = dtype or reduce(torch.promote_types, {tensor.dtype for tensor in parts.resampler.values()})
     lm, revision = load_language_model(
         _named(options, "lang_encoder_path", "language_model") if language_model is None else language_model,
         dtype=None if isinstance(language_model, nn.Module) else stored,
     )
     text = load_tokenizer(_named(options, "tokenizer_path", "tokenizer") if tokenizer is None else tokenizer)
     added = _add_tokens(text)
-    path, layers = find_decoder_layers(lm, options.get("decoder_layers_attr_name"))
-    new_tokens = _load_language_model(lm, parts.language_model_at(path), added)
     encoder, vision_config = load_vision_encoder(
         _timm_name(options) if vision_encoder is None else vision_encoder,
         final_norm=final_norm,
         dtype=None if isinstance(vision_encoder, nn.Module) else stored,
     )
-    _load_vision_encoder(encoder, parts.vision_encoder)
+    if widths != (encoder.vision_dim, find_hidden_size(lm)):
+        raise ValueError(
+            f"the checkpoint is of a vision encoder that gives {widths[0]} features and a language model of width "
+            f"{widths[1]}, got {encoder.vision_dim} and {find_hidden_size(lm)}; give the backbones of this model"
+        )
+    path, layers = find_decoder_layers(lm, options.get("decoder_layers_attr_name"))
     indices = sorted(parts.blocks)
+    stream = find_residual_stream(lm, {i: layers[i] for i in select_layers(len(layers), layers=indices)})
+    check_has_no_blocks(layers)
+    last = max(special_token_id(text, token) for token in (IMAGE_TOKEN, END_OF_CHUNK_TOKEN))
+    tables = TokenTables.of(lm, parts.language_model_at(path), added)
+    if last >= len(tables.embeddings):
+        raise ValueError(
+            f"the checkpoint has {len(tables.embeddings)} tokens, but the tokenizer gives {IMAGE_TOKEN} or "
+            f"{END_OF_CHUNK_TOKEN} the id {last}; this is another model's tokenizer"
+        )
+    # Only now, when all that is in the checkpoint is known to fit.
+    _load_vision_encoder(encoder, parts.vision_encoder)
+    head = tables.load(lm)
     flamingo_config = FlamingoConfig(
         text_config=lm.config,
         text_revision=revision if lm.config.name_or_path else None,
         vision_config=vision_config,
         cross_attention_layers=indices,
         decoder_layers=options.get("decoder_layers_attr_name"),
-        residual_stream=find_residual_stream(lm, {i: layers[i] for i in indices}),
+        residual_stream=stream,
         attend=attend,
         **as_configured(block, sizes),
         max_frames=shape_of(parts.resampler, "frame_embs")[0] if "frame_embs" in parts.resampler else 0,
         image_token_id=special_token_id(text, IMAGE_TOKEN),
         end_of_chunk_token_id=special_token_id(text, END_OF_CHUNK_TOKEN),
-        new_token_ids=new_tokens.ids,
+        new_token_ids=tables.ids,
+        new_token_head=head,
     )
     tensors = {f"perceiver.{name}": tensor for name, tensor in parts.resampler.items()}
     for index, block_tensors in parts.blocks.items():
@@ -229,7 +231,7 @@ def load_flamingo(
         flamingo_config,
         _table(path, indices, sizes["depth"]),
         tensors,
-        fixed={name: tensor.to(stored) for name, tensor in new_tokens.tensors.items()},
+        fixed={name: rows.to(stored) for name, rows in tables.new_rows(lm, head).items()},
         language_model=lm,
         vision_encoder=encoder,
         dtype=dtype,
@@ -238,18 +240,19 @@ def load_flamingo(
 
 
 @torch.no_grad()
-def to_open_flamingo(model: FlamingoForConditionalGeneration) -> dict[str, Tensor]:
+def to_open_flamingo(model: FlamingoForConditionalGeneration, *, language_model: bool = False) -> dict[str, Tensor]:
     """Give a model's tensors as OpenFlamingo's checkpoints have them.
 
     These are the resampler, the blocks, the table of embeddings with the new tokens' rows, and the head, where it is
-    another table. OpenFlamingo reads them with `load_state_dict(..., strict=False)`.
+    another table. OpenFlamingo reads them with `load_state_dict(..., strict=False)`. The head of GPT-NeoX has the name
+    that it had in transformers before version 5, as in the released files: `lang_encoder.embed_out`.
 
     Args:
         model: As loaded here, or built with the same options.
+        language_model: Give the rest of the language model, too: where it was trained, or came from the checkpoint.
 
     Raises:
-        ValueError: If a tensor has no place there, or a new token is read and predicted with different rows though the
-            language model has one table for both.
+        ValueError: If a tensor has no place there, or `new_token_head` is not what the language model has.
     """
     lm: Any = model.language_model
     path, _ = find_decoder_layers(lm, model.config.decoder_layers)
@@ -260,26 +263,32 @@ def to_open_flamingo(model: FlamingoForConditionalGeneration) -> dict[str, Tenso
         fixed={},
         without=("language_model.", "vision_encoder.", "new_tokens."),
     )
-    embedding, head = lm.get_input_embeddings(), lm.get_output_embeddings()
-    rows: dict[str, Tensor] = {}
-    if model.new_tokens is not None:
-        new = model.new_tokens
-        rows = {"embeddings": new.embeddings.weight, "head": new.head.weight, "bias": new.head.bias}
-    ids = list(model.new_tokens.token_ids) if model.new_tokens is not None else []
-    if head.weight is embedding.weight and rows and not torch.equal(rows["embeddings"], rows["head"]):
+    embedding, head, new = lm.get_input_embeddings(), lm.get_output_embeddings(), model.new_tokens
+    is_tied, bias = head.weight is embedding.weight, getattr(head, "bias", None)
+    ids = [] if new is None else list(new.token_ids)
+    if new is not None and model.config.new_token_head != head_kind(lm):
         raise ValueError(
-            "this language model reads and predicts tokens with one table, and OpenFlamingo's checkpoints hold one row "
-            "a token, but new_tokens.embeddings and new_tokens.head were trained apart; make them equal first"
+            f"new_token_head must be {head_kind(lm)!r} for this language model, got {model.config.new_token_head!r}; "
+            "OpenFlamingo has its new tokens in the language model's own tables"
         )
-    if getattr(head, "bias", None) is None and rows and rows["bias"].any():
-        raise ValueError("new_tokens.head.bias was trained, but this language model's head has none; set it to zero")
-    tables = {_name_of(lm, embedding) + ".weight": (embedding.weight, rows.get("embeddings"))}
-    if head.weight is not embedding.weight:
-        tables[_head_name(lm) + ".weight"] = (head.weight, rows.get("head"))
-    if getattr(head, "bias", None) is not None:
-        tables[_head_name(lm) + ".bias"] = (head.bias, rows.get("bias"))
-    for name, (table, new_rows) in tables.items():
-        tensors[f"lang_encoder.{name}"] = _with_rows(table, ids, new_rows)
+    if new is not None and is_tied and bias is not None and not torch.equal(new.head.weight, new.embeddings.weight):
+        raise ValueError(
+            "this language model reads and predicts tokens with one table, but new_tokens.embeddings and "
+            "new_tokens.head were trained apart; make them equal first"
+        )
+    if language_model:
+        for name, tensor in lm.state_dict().items():
+            index, _, rest = name.removeprefix(f"{path}.").partition(".")
+            theirs = f"{path}.{index}.decoder_layer.{rest}" if name.startswith(f"{path}.") else name
+            tensors[f"lang_encoder.{theirs}"] = tensor.clone()
+    tables = {f"{name_of(lm, embedding)}.weight": (embedding.weight, "embeddings.weight")}
+    if not is_tied:
+        tables[f"{head_name(lm)}.weight"] = (head.weight, "head.weight")
+    if bias is not None:
+        tables[f"{head_name(lm)}.bias"] = (bias, "head.bias")
+    rows = {} if new is None else new.state_dict()
+    for name, (table, of_new) in tables.items():
+        tensors[f"lang_encoder.{name}"] = with_rows(table, ids, rows.get(of_new))
     return tensors
 
 
@@ -313,7 +322,8 @@ class _Parts:
             elif part == "lang_encoder":
                 _put(parts.language_model, rest, tensor, full_name)
             elif part == "perceiver":
-                _put(parts.resampler, rest, tensor, full_name)
+                rest = _OTTER_NETWORK.sub(r"\1.1.", rest)
+                _put(parts.resampler, _OTTER_ATTENTION.sub(r"\1.0.\2", rest), tensor, full_name)
             elif part == "vision_encoder":
                 _put(parts.vision_encoder, rest, tensor, full_name)
             else:
@@ -338,6 +348,50 @@ def _put(tensors: dict[str, Tensor], name: str, tensor: Tensor, full_name: str) 
     if name in tensors and not torch.equal(tensors[name], tensor):
         raise ValueError(f"{full_name} is there twice, under different names and with different values")
     tensors[name] = tensor
+
+
+def _check_parts(parts: _Parts) -> tuple[dict[str, Any], dict[str, Any], tuple[int, int]]:
+    """See that blocks and resampler are whole, without loading them.
+
+    Returns:
+        Sizes of the resampler and of the blocks, and the widths of visual features and language model.
+    """
+    if not parts.blocks:
+        raise ValueError("the checkpoint has no gated cross-attention blocks (lang_encoder.*.gated_cross_attn_layer.*)")
+    with torch.device("meta"):
+        resampler, table, sizes = _make_resampler(parts.resampler)
+        blocks = {index: _make_block(tensors) for index, tensors in parts.blocks.items()}
+    whole: list[tuple[str, str, list[Rename], dict[str, Tensor], nn.Module]] = [
+        ("perceiver.", "resampler.", table, parts.resampler, resampler)
+    ]
+    for index, block in blocks.items():
+        prefixes = f"lang_encoder.gated_cross_attn_layers.{index}.", f"injector.blocks.{index}."
+        whole.append((*prefixes, BLOCK, parts.blocks[index], block))
+    for theirs, ours, renames, tensors, module in whole:
+        to_ours(
+            under(renames, theirs=theirs, ours=ours),
+            {theirs + name: tensor for name, tensor in tensors.items()},
+            {ours + name: tensor.shape for name, tensor in module.state_dict().items()},
+        )
+    first = parts.blocks[min(blocks)]
+    return sizes, block_sizes(first), (resampler.dim, shape_of(first, "attn.to_q.weight")[1])
+
+
+def _make_block(tensors: Mapping[str, Tensor]) -> GatedCrossAttentionBlock:
+    dim, media_dim = shape_of(tensors, "attn.to_q.weight")[1], shape_of(tensors, "attn.to_kv.weight")[1]
+    return make_block(dim=dim, media_dim=media_dim, **block_sizes(tensors))
+
+
+def _make_resampler(tensors: Mapping[str, Tensor]) -> tuple[PerceiverResampler, list[Rename], dict[str, Any]]:
+    """Make a resampler as a checkpoint has it; with the table of its names, and its sizes."""
+    sizes, dim = resampler_sizes(tensors), shape_of(tensors, "latents")[1]
+    numbers: dict[str, Any] = {
+        name: shape_of(tensors, theirs)[0] if theirs in tensors else 0
+        for name, theirs in (("max_frames", "frame_embs"), ("max_media", "media_time_embs"))
+    }
+    resampler = make_resampler(dim=dim, vision_dim=dim, **sizes, **numbers)
+    places = Rename("media_time_embs", "features.media_embeddings", "media 1 dim -> media dim")
+    return resampler, [*_resampler_table(sizes["depth"]), places], sizes
 
 
 def _block_prefix(path: str, index: int) -> str:
@@ -381,6 +435,8 @@ def _check_config(config: Mapping[str, Any] | None) -> dict[str, Any]:
 
 def _check_places(blocks: Mapping[int, object], config: Mapping[str, Any]) -> None:
     every = config.get("cross_attn_every_n_layers")
+    if every is not None and (not isinstance(every, int) or every < 1):
+        raise ValueError(f"cross_attn_every_n_layers must be a positive number, got {every!r}")
     if every is not None and (wrong := [index for index in sorted(blocks) if (index + 1) % every]):
         raise ValueError(
             f"config says cross_attn_every_n_layers={every}, but the checkpoint has blocks before layers {wrong}"
@@ -406,12 +462,6 @@ def _timm_name(config: Mapping[str, Any]) -> str:
 # ------------------------------------------------------------ backbones
 
 
-@dataclass
-class _NewTokens:
-    ids: list[int]
-    tensors: dict[str, Tensor]
-
-
 def _add_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Add special tokens in the order of create_model_and_transforms, and give the ids of those that were not there."""
     before = len(tokenizer)
@@ -419,51 +469,6 @@ def _add_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     if tokenizer.pad_token is None:
         tokenizer.add_special_tokens({"pad_token": PADDING_TOKEN})
     return list(range(before, len(tokenizer)))
-
-
-def _load_language_model(lm: Any, tensors: dict[str, Tensor], added: list[int]) -> _NewTokens:
-    """Load what the checkpoint has of a language model, and take out the rows of the new tokens."""
-    embedding, head = lm.get_input_embeddings(), lm.get_output_embeddings()
-    name, head_name, is_tied = _name_of(lm, embedding), _head_name(lm), head.weight is embedding.weight
-    if lm.config.model_type == "gpt_neox":
-        today = _name_of(lm, head)
-        tensors = {f"{head_name}.weight" if key == f"{today}.weight" else key: t for key, t in tensors.items()}
-    if f"{name}.weight" not in tensors:
-        raise ValueError(
-            f"the checkpoint has no lang_encoder.{name}.weight, which holds the embeddings of the new tokens; it has "
-            f"{listed(sorted(tensors)) or 'nothing'} of the language model"
-        )
-    table = tensors.pop(f"{name}.weight")
-    if len(table) < len(embedding.weight):  # there, tables were cut to what the tokenizer knows
-        lm.resize_token_embeddings(len(table), mean_resizing=False)
-        embedding, head = lm.get_input_embeddings(), lm.get_output_embeddings()
-    known = len(embedding.weight)
-    ids = sorted({i for i in added if i < len(table)} | set(range(known, len(table))))
-    if not torch.equal(embedding.weight.to(table), table[:known]) or tensors:
-        lm.config.name_or_path = ""  # it is not that one any more, and an adapter would not find it there
-    embedding.weight.copy_(table[:known])
-    rows = {"embeddings.weight": table[ids]}
-    if not torch.equal(embedding(torch.arange(2, device=embedding.weight.device)), embedding.weight[:2]):
-        raise ValueError(f"{type(lm).__name__} scales its embeddings, which OpenFlamingo has no way for")
-    of_head = {"weight": head.weight} | ({} if getattr(head, "bias", None) is None else {"bias": head.bias})
-    for kind, parameter in of_head.items():
-        whole = tensors.pop(f"{head_name}.{kind}", None)
-        if is_tied and kind == "weight":
-            if whole is not None and not torch.equal(whole, table):
-                raise ValueError(
-                    f"lang_encoder.{head_name}.weight must be the table of embeddings in this language model"
-                )
-            whole = table
-        if whole is None:
-            mean = parameter.mean(0, keepdim=True)
-            whole = torch.cat([parameter, *[mean] * (len(table) - known)])
-        else:
-            parameter.copy_(whole[:known])
-        rows[f"head.{kind}"] = whole[ids]
-    rows.setdefault("head.bias", torch.zeros(len(ids)))
-    shapes = {key: tensor.shape for key, tensor in lm.state_dict().items() if key in tensors}
-    lm.load_state_dict(to_ours([Rename(key, key) for key in shapes], tensors, shapes), strict=False)
-    return _NewTokens(ids, {f"new_tokens.{key}": rows.clone() for key, rows in rows.items()} if ids else {})
 
 
 def _load_vision_encoder(encoder: VisionEncoder, tensors: Mapping[str, Tensor]) -> None:
@@ -478,21 +483,3 @@ def _load_vision_encoder(encoder: VisionEncoder, tensors: Mapping[str, Tensor]) 
     table = clip_vision.open_clip if "conv1.weight" in tensors else clip_vision.transformers_clip
     loaded = to_ours(table(len(backbone.blocks), theirs=""), tensors, shapes)
     backbone.load_state_dict({name.removeprefix(clip_vision.OURS): tensor for name, tensor in loaded.items()})
-
-
-def _name_of(lm: nn.Module, module: nn.Module) -> str:
-    return next(name for name, found in lm.named_modules() if found is module)
-
-
-def _head_name(lm: Any) -> str:
-    return _GPT_NEOX_HEAD if lm.config.model_type == "gpt_neox" else _name_of(lm, lm.get_output_embeddings())
-
-
-def _with_rows(table: Tensor, ids: list[int], rows: Tensor | None) -> Tensor:
-    """Put the new tokens' rows into a copy of a table, which grows as far as they are beyond it."""
-    if rows is None:
-        return table.clone()
-    beyond = sum(i >= len(table) for i in ids)
-    whole = torch.cat([table, table.new_zeros(beyond, *table.shape[1:])])
-    whole[ids] = rows.to(whole)
-    return whole

@@ -82,6 +82,35 @@ def test_a_pickle_runs_no_code(tmp_path: Path) -> None:
     assert not (tmp_path / "done").exists()
 
 
+@pytest.mark.parametrize("name", ["checkpoint.pt", "model.safetensors"])
+def test_what_was_read_does_not_follow_its_file(tmp_path: Path, name: str) -> None:
+    save: Any = save_file if name.endswith("safetensors") else torch.save
+    save(TENSORS, tmp_path / name)
+    found = read_tensors(tmp_path / name)
+    with (tmp_path / name).open("r+b") as file:  # in place, as a copy over it does
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        file.write(bytes(size))
+    check(found)
+
+
+def test_what_was_read_is_contiguous(tmp_path: Path) -> None:
+    torch.save({"a": torch.randn(3, 2).T}, tmp_path / "checkpoint.pt")
+    for found in (read_tensors(tmp_path / "checkpoint.pt"), read_tensors({"a": torch.randn(3, 2).T})):
+        assert found["a"].is_contiguous()
+
+
+def test_tensors_without_data_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"on the meta device: \['a'\]"):
+        read_tensors({"a": torch.ones(2, device="meta")})
+
+
+def test_a_configuration_is_no_index(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"hidden_size": 8}')
+    with pytest.raises(ValueError, match="is no index of files"):
+        read_tensors(tmp_path / "config.json")
+
+
 def test_given_tensors_are_copied() -> None:
     given = {name: tensor.clone() for name, tensor in TENSORS.items()}
     found = read_tensors(given)

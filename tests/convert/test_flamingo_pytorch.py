@@ -91,11 +91,27 @@ def test_tensors_come_back_as_they_were() -> None:
         assert all(torch.equal(written[name], tensor) for name, tensor in tensors.items())
 
 
-@pytest.mark.parametrize("config, heads", [(None, 2), ({"dim_head": 32}, 4)])
+@pytest.mark.parametrize(
+    "config, heads",
+    [(None, 2), ({"dim_head": 32}, 4), ({"heads": 8}, 8), ({"dim": DIM, "heads": 4, "dim_head": 32}, 4)],
+)
 def test_the_width_of_a_head_is_that_of_the_constructor(config: dict[str, Any] | None, heads: int) -> None:
     assert flamingo_pytorch.load_block(block_tensors(), config).heads == heads
     resampler = flamingo_pytorch.load_resampler(resampler_tensors() | {"media_pos_emb": torch.ones(1, 1, DIM)}, config)
     assert resampler.layers[0].heads == heads
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        ({"dim_head": 24}, "heads \\* dim_head = 128"),
+        ({"heads": 3, "dim_head": 64}, "heads \\* dim_head = 128"),
+        ({"width": 3}, r"got \['width'\]"),
+    ],
+)
+def test_a_configuration_that_does_not_fit_is_refused(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        flamingo_pytorch.load_block(block_tensors(), config)
 
 
 def test_what_does_not_fit_is_named() -> None:

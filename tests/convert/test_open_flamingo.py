@@ -113,7 +113,10 @@ def test_every_table_is_the_checkpoints(lm: str) -> None:
     assert torch.equal(model.language_model.get_input_embeddings().weight, table[:VOCAB])
     assert torch.equal(model.language_model.get_output_embeddings().weight, head[:VOCAB])
     assert torch.equal(model.new_tokens.embeddings.weight, table[VOCAB:])
-    assert torch.equal(model.new_tokens.head.weight, head[VOCAB:])
+    assert (model.new_tokens.head is None) == (lm != "gpt_neox")
+    if model.new_tokens.head is not None:
+        assert torch.equal(model.new_tokens.head.weight, head[VOCAB:])
+        assert model.new_tokens.head.bias is None
 
 
 @pytest.mark.parametrize("lm", ["gpt2", "gpt_neox"])
@@ -264,15 +267,108 @@ def test_released_models_are_known_by_name_and_by_path(tmp_path: Path) -> None:
     assert open_flamingo._find_config(tmp_path / "own.json", file) == {"cross_attn_every_n_layers": 3}
 
 
-def test_what_was_trained_apart_here_cannot_be_written_there() -> None:
+@pytest.mark.parametrize("lm", TABLES)
+def test_what_was_trained_here_is_written_and_read_again(lm: str) -> None:
+    model, _ = load(checkpoint(lm), lm)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    prompt = inputs()
+    before = model(**prompt).logits
+    model(**prompt, labels=prompt["input_ids"]).loss.backward()
+    optimizer.step()
+    again, _ = load(open_flamingo.to_open_flamingo(model), lm)
+    expected = model(**prompt).logits
+    assert torch.equal(again(**prompt).logits, expected)
+    assert not torch.allclose(expected, before)
+
+
+def test_new_tokens_of_another_kind_than_the_language_models_are_not_written() -> None:
     model, _ = load(checkpoint())
-    with torch.no_grad():
-        model.new_tokens.head.weight += 1
-    with pytest.raises(ValueError, match="were trained apart"):
+    model.config.new_token_head = "linear"
+    with pytest.raises(ValueError, match="new_token_head must be 'tied' for this language model, got 'linear'"):
         open_flamingo.to_open_flamingo(model)
+
+
+def test_names_of_otters_resampler_are_known() -> None:
+    tensors = checkpoint()
+    renamed = {}
+    for name, tensor in tensors.items():
+        if name.startswith("perceiver.layers."):
+            perceiver, layers, index, part, rest = name.split(".", 4)
+            name = ".".join([perceiver, layers, index, *(["feed_forward"] if part == "1" else []), rest])
+        renamed[name.replace(".ff.", ".feed_forward.")] = tensor
+    assert "perceiver.layers.0.to_q.weight" in renamed
+    assert "perceiver.layers.0.feed_forward.3.weight" in renamed
+    assert torch.equal(load(renamed)[0](**inputs()).logits, load(tensors)[0](**inputs()).logits)
+
+
+def test_numbers_that_older_versions_saved_are_left_out() -> None:
+    tensors = checkpoint("gpt_neox")
+    layer = "lang_encoder.gpt_neox.layers.0.decoder_layer.attention."
+    derived = {f"{layer}rotary_emb.inv_freq": torch.ones(4), f"{layer}bias": torch.ones(1, 1, 8, 8)}
+    derived[f"{layer}masked_bias"] = torch.tensor(-1e9)
+    model, _ = load(tensors | derived, "gpt_neox")
+    assert torch.equal(model(**inputs()).logits, load(tensors, "gpt_neox")[0](**inputs()).logits)
+    with pytest.raises(ValueError, match=r"no place: gpt_neox\.layers\.0\.attention\.scale"):
+        load(tensors | {f"{layer}scale": torch.ones(1)}, "gpt_neox")
+
+
+def test_a_load_that_fails_changes_no_language_model() -> None:
+    model, _ = load(checkpoint())
+    expected = model(**inputs()).logits
+    other = {name: tensor + 1 for name, tensor in checkpoint().items()}
+    with pytest.raises(ValueError, match="already has blocks injected"):
+        load(other, language_model=model.language_model)
+    assert torch.equal(model(**inputs()).logits, expected)
+    lm = make_lm("gpt_neox")
+    before = {name: tensor.clone() for name, tensor in lm.state_dict().items()}
+    wrong = checkpoint("gpt_neox", rows=VOCAB - 3) | {"perceiver.norm.bias": torch.ones(3)}
+    with pytest.raises(ValueError, match="instead of"):
+        load(wrong, "gpt_neox", language_model=lm, tokenizer=make_tokenizer(size=VOCAB - 5))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in lm.state_dict().items())
+
+
+def test_the_rest_of_the_language_model_is_written_if_asked_for() -> None:
+    tensors = checkpoint("gpt_neox")
+    model, _ = load(tensors, "gpt_neox")
     with torch.no_grad():
-        model.new_tokens.head.weight -= 1
-        model.new_tokens.head.weight.copy_(model.new_tokens.embeddings.weight)
-        model.new_tokens.head.bias += 1
-    with pytest.raises(ValueError, match=r"head.bias was trained"):
-        open_flamingo.to_open_flamingo(model)
+        model.language_model.gpt_neox.layers[1].mlp.dense_4h_to_h.weight.add_(1)
+    expected = model(**inputs()).logits
+    written = open_flamingo.to_open_flamingo(model, language_model=True)
+    assert written.keys() > tensors.keys()
+    assert torch.equal(load(written, "gpt_neox")[0](**inputs()).logits, expected)
+    assert not torch.allclose(load(tensors, "gpt_neox")[0](**inputs()).logits, expected)
+
+
+def test_an_adapter_does_not_name_a_language_model_that_was_cut(tmp_path: Path) -> None:
+    make_lm("gpt_neox").save_pretrained(tmp_path)
+    rows = VOCAB - 3
+    tensors = checkpoint("gpt_neox", rows=rows)
+    head = "lang_encoder.embed_out.weight"
+    lm = make_lm("gpt_neox")
+    tensors["lang_encoder.gpt_neox.embed_in.weight"] = lm.get_input_embeddings().weight[:rows].detach()
+    tensors[head] = lm.get_output_embeddings().weight[:rows].detach()
+    options: dict[str, Any] = {"language_model": str(tmp_path), "tokenizer": make_tokenizer(size=rows - 2)}
+    assert load(tensors, "gpt_neox", **options)[0].language_model.config.name_or_path == ""
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"lang_encoder.gpt_neox.embed_in.weight": (VOCAB + 2, 7)}, r"embed_in.weight must have shape \(101, 32\)"),
+        ({"lang_encoder.embed_out.weight": (VOCAB, WIDTH)}, r"embed_out.weight must have shape \(101, 32\)"),
+        ({"lang_encoder.embed_out.bias": (VOCAB + 2,)}, r"embed_out.bias must have shape None"),
+    ],
+)
+def test_tables_of_another_language_model_are_refused(change: dict[str, tuple[int, ...]], message: str) -> None:
+    tensors = checkpoint("gpt_neox") | {name: torch.ones(shape) for name, shape in change.items()}
+    with pytest.raises(ValueError, match=message):
+        load(tensors, "gpt_neox")
+
+
+def test_backbones_of_another_width_and_too_many_tokens_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"gives 16 features and a language model of width 32, got 64 and 32"):
+        load(checkpoint(), vision_encoder=FlamingoVisionConfig(architecture="test_vit", image_size=32))
+    with pytest.raises(ValueError, match=r"has 100 tokens, but the tokenizer gives .* the id 100; this is another"):
+        load(checkpoint("gpt_neox", rows=VOCAB + 1), "gpt_neox")
+    with pytest.raises(ValueError, match="cross_attn_every_n_layers must be a positive number, got 0"):
+        load(checkpoint(), config={"cross_attn_every_n_layers": 0})
