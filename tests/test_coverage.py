@@ -25,6 +25,7 @@ SAMPLE = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("law", LAWS)
 @pytest.mark.parametrize("architecture", SAMPLE)
 def test_every_law_holds_for_one_language_model_of_each_kind(architecture: str, law: str) -> None:

@@ -24,8 +24,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     torch.save(checkpoint(), path / "checkpoint.pt")
     make_lm("opt").save_pretrained(path / "lm")
     make_tokenizer().save_pretrained(path / "lm")
-    backbone = timm.create_model("test_vit", num_classes=0, embed_dim=VISION_DIM, num_heads=2, img_size=32)
-    arguments = {"embed_dim": VISION_DIM, "num_heads": 2, "img_size": 32}
+    arguments: dict[str, Any] = {"embed_dim": VISION_DIM, "num_heads": 2, "depth": 1, "img_size": 32}
+    backbone = timm.create_model("test_vit", num_classes=0, **arguments)
     timm.models.save_for_hf(backbone, str(path / "vision"), model_args=arguments, safe_serialization=True)
     return {name: str(path / name) for name in ("checkpoint.pt", "lm", "vision")}
 

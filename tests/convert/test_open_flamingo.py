@@ -21,7 +21,10 @@ from tests.tiny_language_models import DEPTH, PATHS, VOCAB, WIDTH, make_lm
 
 VISION_DIM = 16
 VISION = FlamingoVisionConfig(
-    architecture="test_vit", model_args={"embed_dim": VISION_DIM, "num_heads": 2}, image_size=32, final_norm=False
+    architecture="test_vit",
+    model_args={"embed_dim": VISION_DIM, "num_heads": 2, "depth": 1},
+    image_size=32,
+    final_norm=False,
 )
 TABLES = {
     "opt": {"model.decoder.embed_tokens.weight": 16},
