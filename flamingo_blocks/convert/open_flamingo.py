@@ -277,10 +277,12 @@ def to_open_flamingo(model: FlamingoForConditionalGeneration, *, language_model:
             "new_tokens.head were trained apart; make them equal first"
         )
     if language_model:
+        of_tables = (f"{name_of(lm, embedding)}.", f"{name_of(lm, head)}.")
         for name, tensor in lm.state_dict().items():
-            index, _, rest = name.removeprefix(f"{path}.").partition(".")
-            theirs = f"{path}.{index}.decoder_layer.{rest}" if name.startswith(f"{path}.") else name
-            tensors[f"lang_encoder.{theirs}"] = tensor.clone()
+            if not name.startswith(of_tables):
+                index, _, rest = name.removeprefix(f"{path}.").partition(".")
+                theirs = f"{path}.{index}.decoder_layer.{rest}" if name.startswith(f"{path}.") else name
+                tensors[f"lang_encoder.{theirs}"] = tensor.clone()
     tables = {f"{name_of(lm, embedding)}.weight": (embedding.weight, "embeddings.weight")}
     if not is_tied:
         tables[f"{head_name(lm)}.weight"] = (head.weight, "head.weight")
@@ -356,6 +358,11 @@ def _check_parts(parts: _Parts) -> tuple[dict[str, Any], dict[str, Any], tuple[i
     Returns:
         Sizes of the resampler and of the blocks, and the widths of visual features and language model.
     """
+    if "media_time_embs" in parts.resampler:
+        raise ValueError(
+            "the checkpoint has perceiver.media_time_embs, by which a medium's latents depend on its place; a whole "
+            "model here encodes media by themselves. Take its parts with load_resampler and load_blocks"
+        )
     if not parts.blocks:
         raise ValueError("the checkpoint has no gated cross-attention blocks (lang_encoder.*.gated_cross_attn_layer.*)")
     with torch.device("meta"):

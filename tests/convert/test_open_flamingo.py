@@ -231,6 +231,7 @@ def test_dtypes_are_as_asked() -> None:
     [
         ({"other.weight": torch.ones(1)}, None, r"none of OpenFlamingo's: other.weight"),
         ({"perceiver.other": torch.ones(1)}, None, r"no place: perceiver.other"),
+        ({"perceiver.media_time_embs": torch.ones(3, 1, 16)}, None, r"perceiver.media_time_embs, by which"),
         ({"perceiver.norm.bias": None}, None, r"missing: resampler.norm.bias here"),
         ({"perceiver.norm.bias": torch.ones(3)}, None, r"resampler.norm.bias: \(3,\) instead of \(16,\)"),
         ({"lang_encoder.model.decoder.layers.0.gated_cross_attn_layer.attn_gate": None}, None, "missing: .*gate.alpha"),
@@ -330,16 +331,20 @@ def test_a_load_that_fails_changes_no_language_model() -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in lm.state_dict().items())
 
 
-def test_the_rest_of_the_language_model_is_written_if_asked_for() -> None:
-    tensors = checkpoint("gpt_neox")
-    model, _ = load(tensors, "gpt_neox")
+@pytest.mark.parametrize("lm", TABLES)
+def test_the_rest_of_the_language_model_is_written_if_asked_for(lm: str) -> None:
+    tensors = checkpoint(lm)
+    model, _ = load(tensors, lm)
     with torch.no_grad():
-        model.language_model.gpt_neox.layers[1].mlp.dense_4h_to_h.weight.add_(1)
+        for parameter in model.language_model.parameters():
+            parameter.add_(0.01 * torch.randn(parameter.shape))
     expected = model(**inputs()).logits
     written = open_flamingo.to_open_flamingo(model, language_model=True)
     assert written.keys() > tensors.keys()
-    assert torch.equal(load(written, "gpt_neox")[0](**inputs()).logits, expected)
-    assert not torch.allclose(load(tensors, "gpt_neox")[0](**inputs()).logits, expected)
+    assert torch.equal(load(written, lm)[0](**inputs()).logits, expected)
+    alone = open_flamingo.to_open_flamingo(model)
+    assert alone.keys() == tensors.keys()
+    assert not torch.allclose(load(alone, lm)[0](**inputs()).logits, expected)
 
 
 def test_an_adapter_does_not_name_a_language_model_that_was_cut(tmp_path: Path) -> None:
