@@ -486,6 +486,12 @@ def test_saved_and_loaded_it_is_the_same(dtype: torch.dtype, tmp_path: Path) -> 
     assert FlamingoProcessor.from_pretrained(tmp_path).image_token == "<|image|>"
 
 
+def test_what_has_no_logit_there_is_not_named_for_training() -> None:
+    names = converted().trained_module_names()
+    assert "new_tokens.embeddings" in names
+    assert "new_tokens.head" not in names
+
+
 def test_an_adapter_holds_what_is_not_frozen(tmp_path: Path) -> None:
     model, batch = load(torch.float32)[0], Batch.make(*ALL_ROWS)
     model.save_adapter(tmp_path)
