@@ -1,7 +1,7 @@
 """Put a converted model together, and take it apart again, tensor by tensor.
 
-A model is made without initial values, and every tensor is in the checkpoint, or given with a backbone, or fixed: of
-the same value in each model of the family, which has no such tensor at all.
+A model is made without initial values, and every tensor is in the checkpoint, or given with a backbone, or told by its
+name here: one that the family does not have, or a part of a larger one there.
 """
 
 from collections.abc import Iterable, Mapping
@@ -42,7 +42,7 @@ def assemble(
         config: What to make.
         renames: Table of the family's names and ours.
         tensors: The checkpoint's tensors, by the family's names.
-        fixed: Tensors by our names that are the same in all models of the family, and are not in the checkpoint.
+        fixed: Further tensors by our names: what the family does not have, or has as a part of something else.
         language_model: One that has its weights. None: it is made from the configuration, with the checkpoint's.
         vision_encoder: The same for the vision encoder.
         dtype: Of everything that is loaded here. None: as in the checkpoint.
@@ -100,7 +100,7 @@ def disassemble(
     Args:
         model: The model.
         renames: As for `assemble`.
-        fixed: As for `assemble`. The family cannot hold other values.
+        fixed: Tensors by our names that the family does not have. It cannot hold other values than these.
         without: Prefixes of our names that are left out, such as backbones that checkpoints of the family do not hold.
 
     Raises:
