@@ -72,6 +72,7 @@ def _check(name: str) -> dict[str, Any]:
     return {"length": len(name)}
 
 
+@pytest.mark.slow
 def test_a_sweep_gives_results_in_order_and_goes_on_where_it_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
