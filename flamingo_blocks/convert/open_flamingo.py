@@ -218,7 +218,6 @@ def load_flamingo(
         residual_stream=stream,
         attend=attend,
         **as_configured(block, sizes),
-        max_frames=shape_of(parts.resampler, "frame_embs")[0] if "frame_embs" in parts.resampler else 0,
         image_token_id=special_token_id(text, IMAGE_TOKEN),
         end_of_chunk_token_id=special_token_id(text, END_OF_CHUNK_TOKEN),
         new_token_ids=tables.ids,
@@ -392,11 +391,9 @@ def _make_block(tensors: Mapping[str, Tensor]) -> GatedCrossAttentionBlock:
 def _make_resampler(tensors: Mapping[str, Tensor]) -> tuple[PerceiverResampler, list[Rename], dict[str, Any]]:
     """Make a resampler as a checkpoint has it; with the table of its names, and its sizes."""
     sizes, dim = resampler_sizes(tensors), shape_of(tensors, "latents")[1]
-    numbers: dict[str, Any] = {
-        name: shape_of(tensors, theirs)[0] if theirs in tensors else 0
-        for name, theirs in (("max_frames", "frame_embs"), ("max_media", "media_time_embs"))
-    }
-    resampler = make_resampler(dim=dim, vision_dim=dim, **sizes, **numbers)
+    sizes["max_frames"] = shape_of(tensors, "frame_embs")[0] if "frame_embs" in tensors else 0
+    max_media = shape_of(tensors, "media_time_embs")[0] if "media_time_embs" in tensors else 0
+    resampler = make_resampler(dim=dim, vision_dim=dim, max_media=max_media, **sizes)
     places = Rename("media_time_embs", "features.media_embeddings", "media 1 dim -> media dim")
     return resampler, [*_resampler_table(sizes["depth"]), places], sizes
 
