@@ -7,7 +7,7 @@ the pooled class token alone: the tokens that a resampler gets have not passed i
 from typing import Any
 
 from flamingo_blocks.configuration_flamingo import FlamingoVisionConfig
-from flamingo_blocks.convert.renaming import Rename, under
+from flamingo_blocks.convert.renaming import Rename, under, under_each
 
 # Where a FlamingoForConditionalGeneration has it.
 OURS = "vision_encoder.backbone."
@@ -89,8 +89,7 @@ def transformers_clip(layers: int, *, theirs: str) -> list[Rename]:
         Rename("mlp.fc1", "mlp.fc1"),
         Rename("mlp.fc2", "mlp.fc2"),
     ]
-    for i in range(layers):
-        renames += under(layer, theirs=f"encoder.layers.{i}.", ours=f"blocks.{i}.")
+    renames += under_each(layer, range(layers), theirs="encoder.layers.", ours="blocks.")
     return under(renames, theirs=theirs, ours=OURS)
 
 
@@ -117,6 +116,5 @@ def open_clip(layers: int, *, theirs: str) -> list[Rename]:
         Rename("mlp.c_fc", "mlp.fc1"),
         Rename("mlp.c_proj", "mlp.fc2"),
     ]
-    for i in range(layers):
-        renames += under(layer, theirs=f"transformer.resblocks.{i}.", ours=f"blocks.{i}.")
+    renames += under_each(layer, range(layers), theirs="transformer.resblocks.", ours="blocks.")
     return under(renames, theirs=theirs, ours=OURS)

@@ -51,7 +51,7 @@ from flamingo_blocks.convert.assembly import assemble, disassemble, make_process
 from flamingo_blocks.convert.checkpoint import Checkpoint, Config, directory_of, read_config, read_tensors
 from flamingo_blocks.convert.clip_vision import clip_vision_config, transformers_clip
 from flamingo_blocks.convert.flamingo_pytorch import ATTENTION, FEED_FORWARD
-from flamingo_blocks.convert.renaming import Rename, load_module, shape_of, to_theirs, under
+from flamingo_blocks.convert.renaming import Rename, load_module, shape_of, to_theirs, under, under_each
 from flamingo_blocks.modeling_flamingo import FlamingoForConditionalGeneration
 from flamingo_blocks.parts import as_configured, make_block, make_resampler
 from flamingo_blocks.processing_flamingo import FlamingoProcessor, special_token_id
@@ -397,8 +397,7 @@ def _resampler_table(depth: int, *, ours: str) -> list[Rename]:
         Rename("time_pos_emb", "features.temporal_embeddings", "frames 1 dim -> frames dim"),
         Rename("norm", "norm"),
     ]
-    for i in range(depth):
-        renames += under(_RESAMPLER_LAYER, theirs=f"layers.{i}.", ours=f"layers.{i}.")
+    renames += under_each(_RESAMPLER_LAYER, range(depth), theirs="layers.", ours="layers.")
     return under(renames, theirs="resampler.", ours=ours)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from flamingo_blocks.blocks import GatedCrossAttentionBlock, PerceiverResampler
-from flamingo_blocks.convert.renaming import Rename, listed, load_module, shape_of, to_theirs, under
+from flamingo_blocks.convert.renaming import Rename, listed, load_module, shape_of, to_theirs, under, under_each
 from flamingo_blocks.parts import make_block, make_resampler
 
 # Of the constructors there.
@@ -49,10 +49,8 @@ def resampler_table(depth: int) -> list[Rename]:
     Args:
         depth: Number of layers.
     """
-    renames = [Rename("latents", "latents"), Rename("norm", "norm")]
-    for i in range(depth):
-        renames += under(_RESAMPLER_LAYER, theirs=f"layers.{i}.", ours=f"layers.{i}.")
-    return renames
+    layers = under_each(_RESAMPLER_LAYER, range(depth), theirs="layers.", ours="layers.")
+    return [Rename("latents", "latents"), Rename("norm", "norm"), *layers]
 
 
 def load_block(state_dict: Mapping[str, Tensor], config: Mapping[str, Any] | None = None) -> GatedCrossAttentionBlock:

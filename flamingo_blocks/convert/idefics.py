@@ -43,7 +43,7 @@ from flamingo_blocks.configuration_flamingo import FlamingoConfig
 from flamingo_blocks.convert.assembly import assemble, disassemble, make_processor
 from flamingo_blocks.convert.checkpoint import Checkpoint, Config, directory_of, read_config, read_tensors
 from flamingo_blocks.convert.clip_vision import clip_vision_config, transformers_clip
-from flamingo_blocks.convert.renaming import Rename, load_module, part_of, under
+from flamingo_blocks.convert.renaming import Rename, load_module, part_of, under, under_each
 from flamingo_blocks.modeling_flamingo import FlamingoForConditionalGeneration
 from flamingo_blocks.parts import Gating, as_configured, make_block, make_resampler
 from flamingo_blocks.processing_flamingo import FlamingoProcessor, special_token_id
@@ -395,10 +395,8 @@ def block_table(gating: Gating) -> list[Rename]:
 
 
 def _resampler_table(depth: int) -> list[Rename]:
-    renames = [Rename("latents", "latents"), Rename("layer_norm", "norm")]
-    for i in range(depth):
-        renames += under(_RESAMPLER_LAYER, theirs=f"blocks.{i}.", ours=f"layers.{i}.")
-    return renames
+    layers = under_each(_RESAMPLER_LAYER, range(depth), theirs="blocks.", ours="layers.")
+    return [Rename("latents", "latents"), Rename("layer_norm", "norm"), *layers]
 
 
 def _table(config: FlamingoConfig, layers: list[int]) -> list[Rename]:

@@ -52,6 +52,18 @@ def under(renames: Iterable[Rename], *, theirs: str, ours: str) -> list[Rename]:
     return [rename.under(theirs, ours) for rename in renames]
 
 
+def under_each(renames: Sequence[Rename], indices: Iterable[int], *, theirs: str, ours: str) -> list[Rename]:
+    """Put a table within each module of a list.
+
+    Args:
+        renames: A table.
+        indices: Of the modules, the same there and here.
+        theirs: Prefix of the list there, with its dot.
+        ours: Prefix of the list here, with its dot.
+    """
+    return [r for i in indices for r in under(renames, theirs=f"{theirs}{i}.", ours=f"{ours}{i}.")]
+
+
 def to_ours(renames: Iterable[Rename], theirs: Mapping[str, Tensor], shapes: Shapes) -> dict[str, Tensor]:
     """Rename the tensors of another implementation.
 
