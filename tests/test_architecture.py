@@ -55,6 +55,9 @@ LAYERS = [
     "convert.flamingo_mini",
     "convert.mllama",
     "convert.__main__",
+    "data.document",
+    "data.source",
+    "data",
     "",
 ]
 MAY_ALSO_IMPORT = {

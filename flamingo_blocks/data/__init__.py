@@ -1,0 +1,9 @@
+"""Data the paper's way: documents of text and media from many sources, packed, mixed and weighted.
+
+Source: Alayrac et al. 2022 (Flamingo), section 2.4 and appendix A.3.
+"""
+
+from flamingo_blocks.data.document import CorruptSample, Document, Medium
+from flamingo_blocks.data.source import IndexedSource, Source
+
+__all__ = ["CorruptSample", "Document", "IndexedSource", "Medium", "Source"]
