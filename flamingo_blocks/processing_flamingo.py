@@ -99,6 +99,11 @@ class FlamingoImageProcessor(BaseImageProcessor):
             channels=channels,
         )
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of what it makes of an image."""
+        return self.channels, self.size["height"], self.size["width"]
+
     def preprocess(self, images: Any, return_tensors: str | None = "pt", **_: Any) -> BatchFeature:
         """Transform an image, or a list of them.
 
@@ -131,7 +136,7 @@ class FlamingoImageProcessor(BaseImageProcessor):
         if self.channels not in (1, 3):
             raise ValueError(f"channels must be 1 or 3, got {self.channels}; make pixel_values of such images yourself")
         transform: Any = timm.data.create_transform(  # type: ignore[attr-defined]
-            input_size=(self.channels, self.size["height"], self.size["width"]),
+            input_size=self.image_shape,
             is_training=False,
             interpolation=self.interpolation,
             mean=tuple(self.image_mean),
@@ -146,8 +151,7 @@ class FlamingoImageProcessor(BaseImageProcessor):
             except Exception as error:  # of many kinds, where a PIL image is read only now
                 raise ValueError(f"{name}: {error or type(error).__name__}") from error
             pixels.append(transform(loaded))
-        shape = (0, self.channels, self.size["height"], self.size["width"])
-        return torch.stack(pixels) if pixels else torch.zeros(shape)
+        return torch.stack(pixels) if pixels else torch.zeros(0, *self.image_shape)
 
 
 # Those of the tokenizer's options under which each text stays one row, where this version of transformers has them.

@@ -57,6 +57,9 @@ LAYERS = [
     "convert.__main__",
     "data.document",
     "data.source",
+    "data.examples",
+    "data.packing",
+    "data.collate",
     "data",
     "",
 ]

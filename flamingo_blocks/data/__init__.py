@@ -3,7 +3,21 @@
 Source: Alayrac et al. 2022 (Flamingo), section 2.4 and appendix A.3.
 """
 
+from flamingo_blocks.data.collate import collate, separates_documents
 from flamingo_blocks.data.document import CorruptSample, Document, Medium
+from flamingo_blocks.data.examples import Example, ExampleMaker
+from flamingo_blocks.data.packing import Packer
 from flamingo_blocks.data.source import IndexedSource, Source
 
-__all__ = ["CorruptSample", "Document", "IndexedSource", "Medium", "Source"]
+__all__ = [
+    "CorruptSample",
+    "Document",
+    "Example",
+    "ExampleMaker",
+    "IndexedSource",
+    "Medium",
+    "Packer",
+    "Source",
+    "collate",
+    "separates_documents",
+]
