@@ -60,6 +60,8 @@ LAYERS = [
     "data.examples",
     "data.packing",
     "data.collate",
+    "data.stream",
+    "data.mixture",
     "data",
     "",
 ]
