@@ -145,7 +145,9 @@ class FlamingoTrainer(Trainer):
         self._num_tokens += counts.sum()
         # An integer, which mixed precision leaves alone; and no 0, by which the loss is divided.
         totals = counts.clamp(min=1).unbind()
-        return [batch | {"num_items_in_batch": total} for batch, total in zip(batches, totals, strict=True)], counts.sum()
+        return [
+            batch | {"num_items_in_batch": total} for batch, total in zip(batches, totals, strict=True)
+        ], counts.sum()
 
     # ------------------------------------------------------------ loss
 

@@ -68,6 +68,9 @@ IDEFICS = "flamingo_blocks/convert/idefics.py"
 ASSEMBLY = "flamingo_blocks/convert/assembly.py"
 FLAMINGO_MINI = "flamingo_blocks/convert/flamingo_mini.py"
 MLLAMA = "flamingo_blocks/convert/mllama.py"
+DOCUMENT = "flamingo_blocks/data/document.py"
+STREAM = "flamingo_blocks/data/stream.py"
+MIXTURE = "flamingo_blocks/data/mixture.py"
 
 MUTANTS = [
     Mutant(
@@ -1974,6 +1977,94 @@ MUTANTS = [
         'sub(r"\\1.1.", rest)',
         'sub(r"\\1.0.", rest)',
         "tests/convert/test_open_flamingo.py::test_names_of_otters_resampler_are_known",
+    ),
+    Mutant(
+        "a document comes back from JSON",
+        "a path is told from bytes by its kind",
+        DOCUMENT,
+        "if isinstance(part.source, Path):",
+        'if part.kind == "image":',
+        "tests/data/test_document.py::test_a_document_comes_back_from_json",
+    ),
+    Mutant(
+        "a document comes back from a sample of webdataset",
+        "members are named by their kind alone",
+        DOCUMENT,
+        'name = f"{len(members)}.{_suffix(content)}"',
+        'name = f"0.{_suffix(content)}"',
+        "tests/data/test_document.py::test_a_document_comes_back_from_a_sample_of_webdataset",
+    ),
+    Mutant(
+        "consumers are given each document of an epoch once",
+        "each consumer shuffles by itself",
+        STREAM,
+        "manual_seed(derive_seed(self.seed, epoch))",
+        "manual_seed(derive_seed(self.seed, epoch, self.consumer))",
+        "tests/data/test_stream.py::test_consumers_are_given_each_document_of_an_epoch_once",
+    ),
+    Mutant(
+        "short shards are shared out, too",
+        "each shard begins with the first consumer",
+        STREAM,
+        "(self.consumer - number) % self.consumers",
+        "self.consumer",
+        "tests/data/test_stream.py::test_short_shards_are_shared_out_among_all",
+    ),
+    Mutant(
+        "a stream goes on where it stood",
+        "documents of the shard are not skipped",
+        STREAM,
+        "islice(documents, self.position.document, None)",
+        "islice(documents, 0, None)",
+        "tests/data/test_stream.py::test_a_stream_goes_on_where_it_stood",
+    ),
+    Mutant(
+        "each epoch has an order of its own",
+        "the order is drawn from the seed alone",
+        STREAM,
+        "manual_seed(derive_seed(self.seed, epoch))",
+        "manual_seed(derive_seed(self.seed))",
+        "tests/data/test_stream.py::test_each_epoch_has_an_order_of_its_own_and_each_seed",
+    ),
+    Mutant(
+        "a mixture goes on where it stood",
+        "an example that waits for the next row is forgotten",
+        MIXTURE,
+        "if self.packer is not None and self.packer.held is not None:",
+        "if self.packer is None and self.seed is None:",
+        "tests/data/test_mixture.py::test_a_mixture_goes_on_where_it_stood",
+    ),
+    Mutant(
+        "a mixture with workers goes on where it stood",
+        "the first worker is asked first, whoever's turn it is",
+        MIXTURE,
+        "worker = ((0 if info is None else info.id) + mixture._turn) % workers",
+        "worker = 0 if info is None else info.id",
+        "tests/data/test_mixture.py::test_a_mixture_with_workers_goes_on_where_it_stood",
+    ),
+    Mutant(
+        "no document is given twice",
+        "all processes read the first one's share",
+        MIXTURE,
+        "consumer=mixture.rank * workers + worker,",
+        "consumer=worker,",
+        "tests/data/test_mixture.py::test_processes_and_workers_share_the_documents_of_an_epoch",
+    ),
+    Mutant(
+        "corrupt samples are counted",
+        "those that cannot be decoded are skipped in silence",
+        MIXTURE,
+        "self._skip(CorruptSample(document.key, str(error)))",
+        "pass",
+        "tests/data/test_mixture.py::test_corrupt_samples_are_skipped_counted_and_told",
+    ),
+    Mutant(
+        "too many corrupt samples stop the run",
+        "the limit is never reached",
+        MIXTURE,
+        "self.corrupt > self.max_corrupt * self.read",
+        "self.corrupt > self.read",
+        "tests/data/test_mixture.py::test_too_many_corrupt_samples_stop_the_run",
     ),
 ]
 

@@ -91,9 +91,7 @@ def test_accumulated_gradients_are_those_of_the_joint_loss(in_turn: bool, rounds
         seen = [(DATASETS[number], 0) for number in range(rounds)]
     else:
         seen = [(name, number) for number in range(rounds) for name in DATASETS]
-    loss = sum(
-        (WEIGHTS[name] * mean_loss(expected, make_rows(name, number)) for name, number in seen), torch.zeros(())
-    )
+    loss = sum((WEIGHTS[name] * mean_loss(expected, make_rows(name, number)) for name, number in seen), torch.zeros(()))
     (loss / rounds).backward()
     assert trainer.state.log_history[0]["loss"] == pytest.approx(loss.item() / rounds, rel=1e-6)
     for name, parameter in expected.named_parameters():

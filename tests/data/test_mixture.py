@@ -137,7 +137,7 @@ def test_processes_and_workers_share_the_documents_of_an_epoch(workers: int) -> 
 
 
 def test_two_processes_read_what_one_reads_in_batches_of_twice_the_size() -> None:
-    def mixture_of(batch_size: int, **place: int) -> Mixture:
+    def mixture_of(batch_size: int, **place: Any) -> Mixture:
         dataset = MixtureDataset(
             name="pages", source=source_of([3] * 20), make_example=make_example, batch_size=batch_size
         )

@@ -118,6 +118,12 @@ def test_a_shard_is_shuffled_within_its_buffer() -> None:
         assert all(i < number + buffer for number, i in enumerate(order))
 
 
+def test_short_shards_are_shared_out_among_all() -> None:
+    source = Shards([2, 2])
+    shares = [share_of(source, consumer, 3, 0, shuffle=False) for consumer in range(3)]
+    assert shares == [["0.0"], ["0.1", "1.0"], ["1.1"]]
+
+
 def test_two_processes_are_given_what_one_is_given_together() -> None:
     source = IndexedSource([Document((str(i),), key=str(i)) for i in range(20)])
     whole = Stream(source, seed=3)
