@@ -57,6 +57,10 @@ LAYERS = [
     "convert.__main__",
     "data.document",
     "data.source",
+    "data.shards",
+    "data.records",
+    "data.pairs",
+    "data.interleaved",
     "data",
     "",
 ]
@@ -79,6 +83,7 @@ MAY_ALSO_IMPORT = {
     "convert.idefics": {"transformers"},
     "convert.flamingo_mini": {"transformers"},
     "convert.mllama": {"transformers"},
+    "data.records": {"pyarrow"},
 }
 
 

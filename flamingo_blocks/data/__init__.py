@@ -4,6 +4,25 @@ Source: Alayrac et al. 2022 (Flamingo), section 2.4 and appendix A.3.
 """
 
 from flamingo_blocks.data.document import CorruptSample, Document, Medium
+from flamingo_blocks.data.interleaved import document_from_mmc4, document_from_obelics
+from flamingo_blocks.data.pairs import PairFolder, document_from_pair, pair_from_sample
+from flamingo_blocks.data.records import JsonLinesSource, ParquetSource
+from flamingo_blocks.data.shards import TarSource, write_shards
 from flamingo_blocks.data.source import IndexedSource, Source
 
-__all__ = ["CorruptSample", "Document", "IndexedSource", "Medium", "Source"]
+__all__ = [
+    "CorruptSample",
+    "Document",
+    "IndexedSource",
+    "JsonLinesSource",
+    "Medium",
+    "PairFolder",
+    "ParquetSource",
+    "Source",
+    "TarSource",
+    "document_from_mmc4",
+    "document_from_obelics",
+    "document_from_pair",
+    "pair_from_sample",
+    "write_shards",
+]
