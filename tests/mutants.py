@@ -54,6 +54,11 @@ GENERATION = "flamingo_blocks/generation_flamingo.py"
 VIDEO = "flamingo_blocks/video.py"
 CHAT = "flamingo_blocks/chat.py"
 PROCESSING = "flamingo_blocks/processing_flamingo.py"
+SHARDS = "flamingo_blocks/data/shards.py"
+RECORDS = "flamingo_blocks/data/records.py"
+PAIRS = "flamingo_blocks/data/pairs.py"
+INTERLEAVED = "flamingo_blocks/data/interleaved.py"
+SOURCE = "flamingo_blocks/data/source.py"
 BUILDER = "flamingo_blocks/builder.py"
 ADAPTER = "flamingo_blocks/adapter.py"
 PRESETS = "flamingo_blocks/presets.py"
@@ -2006,6 +2011,134 @@ MUTANTS = [
         'sub(r"\\1.1.", rest)',
         'sub(r"\\1.0.", rest)',
         "tests/convert/test_open_flamingo.py::test_names_of_otters_resampler_are_known",
+    ),
+    Mutant(
+        "documents come back from tar files in order",
+        "each file loses its last sample",
+        SHARDS,
+        "        if sample:\n            yield sample, None\n    except",
+        "        if False:\n            yield sample, None\n    except",
+        "tests/data/test_shards.py::test_written_documents_come_back_in_order",
+    ),
+    Mutant(
+        "a damaged header is not taken for the end",
+        "as tarfile does",
+        SHARDS,
+        'tarfile.open(path, "r|*", tarinfo=_Member)',
+        'tarfile.open(path, "r|*")',
+        "tests/data/test_shards.py::test_a_damaged_header_is_not_taken_for_the_end",
+    ),
+    Mutant(
+        "a truncated tar file gives what is before the cut",
+        "the last whole sample is lost, too",
+        SHARDS,
+        "if damage is None or isinstance(found, Document):",
+        "if damage is None:",
+        "tests/data/test_shards.py::test_a_truncated_file_gives_what_is_before_the_cut_and_one_corrupt_sample",
+    ),
+    Mutant(
+        "a member that comes twice is told",
+        "the second wins",
+        SHARDS,
+        "                elif suffix in sample:",
+        "                elif False:",
+        "tests/data/test_shards.py::test_neighbouring_members_are_samples",
+    ),
+    Mutant(
+        "a file has its name only when it is complete",
+        "it is written in its place",
+        SHARDS,
+        'path.with_suffix(".tar.unfinished")',
+        "path",
+        "tests/data/test_shards.py::test_a_file_has_its_name_only_when_it_is_complete",
+    ),
+    Mutant(
+        "paths start from the folder of their file",
+        "from the working directory",
+        RECORDS,
+        "path = folder / medium.source",
+        "path = Path(medium.source)",
+        "tests/data/test_records.py::test_paths_start_from_the_folder_of_their_file",
+    ),
+    Mutant(
+        "rows are not read before they are asked for",
+        "whole groups are",
+        RECORDS,
+        "file.iter_batches(16, ",
+        "file.iter_batches(1000, ",
+        "tests/data/test_records.py::test_rows_are_not_read_before_they_are_asked_for",
+    ),
+    Mutant(
+        "half a character is no text",
+        "nobody looks",
+        SOURCE,
+        "        document.text.encode()  # JSON",
+        "        # JSON",
+        "tests/data/test_records.py::test_what_is_no_document_is_counted_in_its_place",
+    ),
+    Mutant(
+        "a library that is missing is no corrupt sample",
+        "it is one",
+        SOURCE,
+        "except (ImportError, MemoryError):",
+        "except MemoryError:",
+        "tests/data/test_records.py::test_to_document_may_raise_what_it_likes",
+    ),
+    Mutant(
+        "an empty caption makes a pair corrupt",
+        "it is kept",
+        PAIRS,
+        "    if not text.strip():",
+        "    if False:",
+        "tests/data/test_pairs.py::test_samples_of_a_tar_file_are_pairs_or_counted_in_their_place",
+    ),
+    Mutant(
+        "a pair has one medium",
+        "the first of several is taken",
+        PAIRS,
+        "    if len(media) != 1:",
+        "    del media[1:]\n    if len(media) != 1:",
+        "tests/data/test_pairs.py::test_samples_of_a_tar_file_are_pairs_or_counted_in_their_place",
+    ),
+    Mutant(
+        "bytes of an image are preferred to its path",
+        "the path is",
+        PAIRS,
+        'value.get("path") if value.get("bytes") is None else value["bytes"]',
+        'value.get("path") or value["bytes"]',
+        "tests/data/test_pairs.py::test_a_medium_may_be_given_in_many_ways",
+    ),
+    Mutant(
+        "pairs of a folder are sorted by name",
+        "in reverse",
+        PAIRS,
+        "in sorted(samples.items()):",
+        "in sorted(samples.items(), reverse=True):",
+        "tests/data/test_pairs.py::test_a_folder_is_read_as_img2dataset_writes_it",
+    ),
+    Mutant(
+        "MMC4's images stand at their sentences",
+        "before is after",
+        INTERLEAVED,
+        'if place == "before" else',
+        'if place == "after" else',
+        "tests/data/test_interleaved.py::test_mmc4s_images_stand_at_their_sentences",
+    ),
+    Mutant(
+        "a document that lost all of its images is corrupt",
+        "it is text",
+        INTERLEAVED,
+        "    if missing and not document.media:",
+        "    if False:",
+        "tests/data/test_interleaved.py::test_mmc4s_images_stand_at_their_sentences",
+    ),
+    Mutant(
+        "OBELICS keeps the order of texts and images",
+        "texts are joined over an image",
+        INTERLEAVED,
+        "before = joined[-1] if joined else None",
+        "before = joined[0] if joined else None",
+        "tests/data/test_interleaved.py::test_obelics_keeps_the_order_of_texts_and_images",
     ),
 ]
 
