@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -191,8 +192,6 @@ def test_without_pyarrow_the_error_says_what_to_install(tmp_path: Path, monkeypa
 
 
 def test_importing_the_package_loads_no_library_of_files() -> None:
-    import subprocess
-
     code = "import flamingo_blocks.data, sys; print(json.dumps(sorted(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", f"import json; {code}"], capture_output=True, text=True, check=True)
     assert not {"pyarrow", "webdataset", "av", "transformers", "PIL", "selectolax"} & set(json.loads(result.stdout))
