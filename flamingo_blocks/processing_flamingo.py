@@ -177,7 +177,7 @@ _TEXT_OPTIONS = (
 _OPTIONS = {
     "text_kwargs": tuple(name for name in _TEXT_OPTIONS if name in TextKwargs.__annotations__),
     "images_kwargs": ("return_tensors",),
-    "videos_kwargs": ("do_sample_frames", "fps", "num_frames", "return_tensors"),
+    "videos_kwargs": ("do_sample_frames", "fps", "max_frames", "num_frames", "return_tensors"),
     "audio_kwargs": ("return_tensors",),
 }
 _ALL_OPTIONS = frozenset(name for names in _OPTIONS.values() for name in names)
@@ -198,6 +198,8 @@ class FlamingoProcessor(ProcessorMixin):
         end_of_chunk_token: Ends what belongs to a medium, e.g. a caption.
         fps: Frames of a video file per second, unless a call says otherwise. None: 1, as in the paper.
         num_frames: Instead: that many, evenly spread.
+        max_frames: The most frames of a video file, unless a call says otherwise: the first ones. None: as many as it
+            has. The paper's training takes 8.
 
     Attributes:
         image_token_id: Id of `image_token`.
@@ -220,6 +222,7 @@ class FlamingoProcessor(ProcessorMixin):
     image_token_id: int
     fps: int | float | None
     num_frames: int | None
+    max_frames: int | None
 
     @no_type_check  # transformers looks at the code of constructors
     def __init__(
@@ -231,6 +234,7 @@ class FlamingoProcessor(ProcessorMixin):
         end_of_chunk_token: str = "<EOC>",
         fps: int | float | None = None,
         num_frames: int | None = None,
+        max_frames: int | None = None,
     ) -> None:
         self.image_token_id = special_token_id(tokenizer, image_token)
         special_token_id(tokenizer, end_of_chunk_token)
@@ -239,9 +243,10 @@ class FlamingoProcessor(ProcessorMixin):
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
         self.image_token = image_token
         self.end_of_chunk_token = end_of_chunk_token
-        check_sampling(fps, num_frames)
+        check_sampling(fps, num_frames, max_frames)
         self.fps = fps if fps is None or isinstance(fps, int) else float(fps)  # numbers of numpy are no JSON
         self.num_frames = None if num_frames is None else int(num_frames)
+        self.max_frames = None if max_frames is None else int(max_frames)
 
     @property
     def model_input_names(self) -> list[str]:
@@ -282,8 +287,11 @@ class FlamingoProcessor(ProcessorMixin):
                   seconds. Frames that are given as such have no times: an error.
                 - `num_frames`: Take this many frames of each video, at the starts of parts of equal length; all where
                   it has no more. This goes for frames that are given as such, too.
+                - `max_frames`: Take no more than this many frames of each video, the first ones; also of frames that
+                  are given as such. The paper's evaluation is `fps=3, max_frames=30`.
                 - `do_sample_frames`: False: take all frames. True: treat frames that are given as such as those of
-                  files. None, the default: take all that are given as such, unless `num_frames` is given.
+                  files. None, the default: take all that are given as such, unless `num_frames` or `max_frames` is
+                  given.
 
         Returns:
             `input_ids` and `attention_mask`, (batch, text); if there are media, `pixel_values`, (batch, media, frames,
@@ -299,7 +307,8 @@ class FlamingoProcessor(ProcessorMixin):
             raise ValueError("a Flamingo takes text, images and videos; got audio")
         options = {"padding": True, "return_token_type_ids": False, **_flatten_options(kwargs)}
         sampling = _Sampling.choose(
-            options.pop("fps", None), options.pop("num_frames", None), options.pop("do_sample_frames", None), self
+            **{name: options.pop(name, None) for name in ("fps", "num_frames", "max_frames", "do_sample_frames")},
+            processor=self,
         )
         return_tensors = options.pop("return_tensors", "pt")
         if return_tensors not in ("pt", "np", None):
@@ -474,34 +483,39 @@ def _check_names(options: Mapping[str, Any], known: Iterable[str]) -> None:
 
 
 class _Sampling(NamedTuple):
-    """Which frames of a video to take; all, where neither is given."""
+    """Which frames of a video to take; all, where no number is given."""
 
     fps: int | float | None
     num_frames: int | None
+    max_frames: int | None
     also_of_given_frames: bool
+    max_given_frames: int | None
 
     @classmethod
     def choose(
-        cls, fps: Any, num_frames: Any, do_sample_frames: bool | None, processor: FlamingoProcessor
+        cls, *, fps: Any, num_frames: Any, max_frames: Any, do_sample_frames: bool | None, processor: FlamingoProcessor
     ) -> "_Sampling":
-        check_sampling(fps, num_frames)
-        if do_sample_frames is None:
-            do_sample_frames = None if fps is None and num_frames is None else True
-        elif not do_sample_frames:
-            if fps is not None or num_frames is not None:
-                raise ValueError("do_sample_frames=False takes all frames; leave out fps and num_frames")
-            return cls(None, None, False)
+        check_sampling(fps, num_frames, max_frames)
+        if do_sample_frames is not None and not do_sample_frames:
+            if fps is not None or num_frames is not None or max_frames is not None:
+                raise ValueError("do_sample_frames=False takes all frames; leave out fps, num_frames and max_frames")
+            return cls(None, None, None, False, None)
+        also_of_given_frames = bool(do_sample_frames) or fps is not None or num_frames is not None
+        max_given_frames = max_frames
         if fps is None and num_frames is None:
             fps, num_frames = processor.fps, processor.num_frames
-            check_sampling(fps, num_frames)
-        return cls(1.0 if fps is None and num_frames is None else fps, num_frames, bool(do_sample_frames))
+        if max_frames is None and num_frames is None:
+            max_frames = processor.max_frames
+        check_sampling(fps, num_frames, max_frames)
+        fps = 1.0 if fps is None and num_frames is None else fps
+        return cls(fps, num_frames, max_frames, also_of_given_frames, max_given_frames)
 
     def frames(self, medium: "_Medium") -> Iterable[Any]:
         if isinstance(medium, VideoFile):
-            return medium.frames(fps=self.fps, num_frames=self.num_frames)
+            return medium.frames(fps=self.fps, num_frames=self.num_frames, max_frames=self.max_frames)
         count = len(medium)
         if not self.also_of_given_frames or count == 1:
-            return medium
+            return medium[: self.max_given_frames]
         if self.num_frames is None:
             raise ValueError(
                 "fps needs times, but frames that are given as such have none; give num_frames, or the video's file"

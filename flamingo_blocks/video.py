@@ -2,11 +2,13 @@
 
 import math
 import re
-from collections import deque
+import sys
+from bisect import bisect_left
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from fractions import Fraction
 from io import BufferedIOBase
+from itertools import islice
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,24 +36,34 @@ def has_video_suffix(path: str | Path) -> bool:
     return Path(path).suffix.lower() in _SUFFIXES
 
 
-def check_sampling(fps: Any, num_frames: Any) -> None:
+def check_sampling(fps: Any, num_frames: Any, max_frames: Any = None, start: Any = 0) -> None:
     """Check how frames of videos are to be chosen.
 
     Args:
         fps: Frames per second, or None.
         num_frames: Frames of a video, or None.
+        max_frames: The most frames of a video, or None.
+        start: Seconds that are left out.
 
     Raises:
-        ValueError: If a number is not positive, or both are given.
+        ValueError: If a number is not positive, or `num_frames` is given beside `fps` or `max_frames`.
     """
-    if fps is not None and num_frames is not None:
-        raise ValueError(f"fps and num_frames exclude each other, got {fps} and {num_frames}; give one of them")
-    if fps is not None and (isinstance(fps, bool) or not isinstance(fps, Real) or not 0 < float(fps) < float("inf")):
+    for name, value in (("fps", fps), ("max_frames", max_frames)):
+        if value is not None and num_frames is not None:
+            raise ValueError(
+                f"{name} and num_frames exclude each other, got {value} and {num_frames}; give one of them"
+            )
+    if fps is not None and not (_is_real(fps) and 0 < float(fps) < math.inf):
         raise ValueError(f"fps must be a positive number, got {fps!r}")
-    if num_frames is not None and (
-        isinstance(num_frames, bool) or not isinstance(num_frames, Integral) or num_frames < 1
-    ):
-        raise ValueError(f"num_frames must be a positive integer, got {num_frames!r}")
+    for name, value in (("num_frames", num_frames), ("max_frames", max_frames)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, Integral) or value < 1):
+            raise ValueError(f"{name} must be a positive integer, got {value!r}")
+    if not (_is_real(start) and 0 <= float(start) < math.inf):
+        raise ValueError(f"start must be a number of seconds from 0 on, got {start!r}")
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 class VideoFile:
@@ -59,6 +71,16 @@ class VideoFile:
 
     Args:
         source: A path, or a file that is open for reading bytes and can seek.
+
+    Example:
+        ```python
+        from flamingo_blocks.video import VideoFile
+
+        # 8 seconds from anywhere in a video, one frame of each, as in the paper's training
+        def random_clip(video: VideoFile, uniform: float) -> list:
+            start = uniform * max(0.0, video.duration() - 8)
+            return list(video.frames(fps=1, max_frames=8, start=start))
+        ```
     """
 
     def __init__(self, source: str | Path | BufferedIOBase) -> None:
@@ -68,23 +90,67 @@ class VideoFile:
         name = str(self.source) if isinstance(self.source, str | Path) else getattr(self.source, "name", "video")
         return repr(str(name)[:200])
 
-    def frames(self, *, fps: int | float | None = None, num_frames: int | None = None) -> Iterator[Image.Image]:
+    def duration(self) -> float:
+        """Tell how many seconds the video takes. Its frames are not decoded for that.
+
+        Raises:
+            ImportError: If PyAV is missing.
+            ValueError: If there is no such file, or it cannot be read to its end as a video.
+        """
+        return float(self._measure().duration)
+
+    def frames(
+        self,
+        *,
+        fps: int | float | None = None,
+        num_frames: int | None = None,
+        max_frames: int | None = None,
+        start: int | float = 0,
+    ) -> Iterator[Image.Image]:
         """Decode frames, upright, in the order in which they are shown. One is held in memory at a time.
 
-        Frames are found by their timestamps, not by counting, so that a variable frame rate does no harm.
+        Frames are found by their timestamps, not by counting, so that a variable frame rate does no harm. Decoding
+        stops where no more are taken.
 
         Args:
             fps: The frames that are shown after 0, 1/fps, 2/fps, ... seconds; the first one always, so that a short
                 video has one.
             num_frames: Instead: that many, at the starts of parts of equal length; all, if the video has no more.
                 Neither: all.
+            max_frames: The most frames to take: the first ones. Not with `num_frames`.
+            start: Leave out what is shown before this moment, in seconds: the video begins with the frame that is shown
+                then.
 
         Raises:
             ImportError: If PyAV is missing.
-            ValueError: If there is no such file, or it cannot be read to its end as a video; if `fps` or `num_frames`
-                is not positive, or both are given.
+            ValueError: If there is no such file, or it cannot be read to its end as a video; if a number is not
+                positive, `num_frames` is given beside `fps` or `max_frames`, or the video ends before `start`.
         """
-        check_sampling(fps, num_frames)
+        check_sampling(fps, num_frames, max_frames, start)
+        span = self._measure()
+        skipped = Fraction(str(start))
+        if skipped >= span.duration:
+            raise ValueError(
+                f"start must be before the end of {self!r}, after {float(span.duration):g} seconds, got {start}"
+            )
+        begin, left = span.start + skipped, span.duration - skipped
+        with self._opened() as (container, stream):
+            timed = _timed(container, stream, span)
+            if num_frames is not None and num_frames < span.frames_from(begin):
+                chosen = _shown_at(timed, begin, left / num_frames, num_frames)
+            elif fps is not None:
+                step = 1 / Fraction(str(fps))  # 0.1 is a tenth, not the float nearest to it
+                chosen = _shown_at(timed, begin, step, min(math.ceil(left / step), max_frames or sys.maxsize))
+            else:
+                chosen = islice(_shown_from(timed, begin), max_frames)
+            yield from map(_upright, chosen)
+
+    def _measure(self) -> "_Span":
+        with self._opened() as (container, stream):
+            return _measure(container, stream)
+
+    @contextmanager
+    def _opened(self) -> Iterator[tuple[Any, Any]]:
         try:
             import av
         except ImportError as error:
@@ -95,22 +161,11 @@ class VideoFile:
             raise ValueError(f"there is no video file {self!r}; videos are never fetched from elsewhere, load it first")
         try:
             with self._open() as file:
+                file.seek(0)
                 # A file must not make FFmpeg open others, as a playlist does.
                 options = {"protocol_whitelist": "none"}
-                file.seek(0)
                 with av.open(file, options=options, metadata_errors="ignore") as container:
-                    stream = _video_stream(container)
-                    span = _measure(container, stream)
-                file.seek(0)
-                with av.open(file, options=options, metadata_errors="ignore") as container:
-                    stream = _video_stream(container)
-                    if num_frames is not None and num_frames < span.frames:
-                        yield from _shown_at(container, stream, span, span.duration / num_frames, num_frames)
-                    elif fps is not None and num_frames is None:
-                        step = 1 / Fraction(str(fps))  # 0.1 is a tenth, not the float nearest to it
-                        yield from _shown_at(container, stream, span, step, math.ceil(span.duration / step))
-                    else:
-                        yield from map(_upright, _decode(container, stream))
+                    yield container, _video_stream(container)
         except Exception as error:  # decoders raise errors of many kinds
             raise ValueError(f"{self!r} cannot be read as a video: {error}") from error
 
@@ -119,11 +174,26 @@ class VideoFile:
 
 
 class _Span(NamedTuple):
-    """When the frames of a video are shown, in seconds."""
+    """When the frames of a video are shown."""
 
-    start: Fraction
-    duration: Fraction
-    frames: int
+    times: list[int]  # in order
+    end: int
+    unit: Fraction  # of time, in seconds
+
+    @property
+    def start(self) -> Fraction:
+        return self.times[0] * self.unit
+
+    @property
+    def duration(self) -> Fraction:
+        return (self.end - self.times[0]) * self.unit
+
+    def frames_from(self, begin: Fraction) -> int:
+        """Count the frames that are shown at a moment and after it."""
+        moment = begin / self.unit
+        later = bisect_left(self.times, moment)
+        is_between = later == len(self.times) or self.times[later] != moment
+        return len(self.times) - later + is_between
 
 
 def _is_file(path: str | Path) -> bool:
@@ -157,8 +227,8 @@ def _unit(stream: Any) -> Fraction:
 
 def _measure(container: Any, stream: Any) -> _Span:
     """Find out what is in a file without decoding it."""
-    start: int | None = None
-    end = count = 0
+    times: list[int] = []
+    end = 0
     for packet in container.demux(stream):
         if not packet.size or packet.is_discard:  # the last packet is empty
             continue
@@ -167,17 +237,17 @@ def _measure(container: Any, stream: Any) -> _Span:
         time = packet.dts if packet.pts is None else packet.pts
         if time is None:
             time = end
-        start = time if start is None else min(start, time)
+        times.append(time)
         end = max(end, time + (packet.duration or _step(stream)))
-        count += 1
-    if start is None:
+    if not times:
         raise ValueError("it has no frames")
+    times.sort()
     unit = _unit(stream)
-    declared = _declared_end(container, stream, start)
+    declared = _declared_end(container, stream, times[0])
     # Where a container lets it end anywhere, a truncated file ends without an error.
     if declared is not None and end * unit < min(declared - 1, declared * Fraction(9, 10)):
         raise ValueError(f"it is truncated, after {float(end * unit):.3g} of {float(declared):.3g} seconds")
-    return _Span(start * unit, (end - start) * unit, count)
+    return _Span(times, end, unit)
 
 
 def _declared_end(container: Any, stream: Any, start: int) -> Fraction | None:
@@ -204,26 +274,43 @@ def _decode(container: Any, stream: Any) -> Iterator[Any]:
         raise ValueError("no frame can be decoded")
 
 
-def _shown_at(container: Any, stream: Any, span: _Span, step: Fraction, count: int) -> Iterator[Image.Image]:
-    """Give the frames that are shown after 0, step, 2 step, ... seconds."""
-    times = deque(span.start + i * step for i in range(count))
-    shown: Any = None
+def _timed(container: Any, stream: Any, span: _Span) -> Iterator[tuple[Fraction, Any]]:
+    """Give each frame with the moment from which it is shown."""
+    before: Any = None
     time = span.start
     for frame in _decode(container, stream):
-        told = None if frame.pts is None else frame.pts * _unit(stream)
-        if told is not None and (shown is None or told > time):
+        told = None if frame.pts is None else frame.pts * span.unit
+        if told is not None and (before is None or told > time):
             time = told
-        elif shown is not None:  # no timestamp, or one that goes back, as those of B-frames in AVI files
-            time += (shown.duration or _step(stream)) * _unit(stream)
-        while shown is not None and times and times[0] < time:
-            times.popleft()
-            yield _upright(shown)
-        if not times:
+        elif before is not None:  # no timestamp, or one that goes back, as those of B-frames in AVI files
+            time += (before.duration or _step(stream)) * span.unit
+        yield time, frame
+        before = frame
+
+
+def _shown_at(timed: Iterator[tuple[Fraction, Any]], begin: Fraction, step: Fraction, count: int) -> Iterator[Any]:
+    """Give the frames that are shown after 0, step, 2 step, ... seconds."""
+    given = 0
+    shown: Any = None
+    for time, frame in timed:
+        while shown is not None and given < count and begin + given * step < time:
+            given += 1
+            yield shown
+        if given == count:
             return
         shown = frame
-    if shown is not None:
-        for _ in times:
-            yield _upright(shown)
+    for _ in range(given, count):
+        yield shown
+
+
+def _shown_from(timed: Iterator[tuple[Fraction, Any]], begin: Fraction) -> Iterator[Any]:
+    """Give the frame that is shown at a moment, and all after it."""
+    shown: Any = None
+    for time, frame in timed:
+        if shown is not None and time > begin:
+            yield shown
+        shown = frame
+    yield shown
 
 
 def _upright(frame: Any) -> Image.Image:

@@ -62,6 +62,10 @@ LAYERS = [
     "data.collate",
     "data.stream",
     "data.mixture",
+    "data.shards",
+    "data.records",
+    "data.pairs",
+    "data.interleaved",
     "data",
     "",
 ]
@@ -84,6 +88,7 @@ MAY_ALSO_IMPORT = {
     "convert.idefics": {"transformers"},
     "convert.flamingo_mini": {"transformers"},
     "convert.mllama": {"transformers"},
+    "data.records": {"pyarrow"},
 }
 
 

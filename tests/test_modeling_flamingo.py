@@ -4,6 +4,7 @@ import io
 import itertools
 import logging
 import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ from flamingo_blocks.blocks import (
 from flamingo_blocks.configuration_flamingo import CACHE_NAMES
 from tests.tiny_flamingo import VISION, Prompt, make_flamingo, make_tokenizer
 from tests.tiny_language_models import CONFIGS, VOCAB, make_lm
+from tests.tiny_videos import write_video
 
 every_lm = pytest.mark.parametrize("name", CONFIGS)
 # Every language model and every backbone at least once; each with each in the long run.
@@ -146,6 +148,21 @@ def test_rows_are_independent_also_those_without_media() -> None:
         together = model(**prompt.inputs).logits
         torch.testing.assert_close(model(prompt.input_ids[1:]).logits, together[1:], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(model(**prompt.row(0).inputs).logits, together[:1], atol=1e-5, rtol=1e-5)
+
+
+def test_the_papers_30_frames_of_a_file_get_interpolated_temporal_embeddings(tmp_path: Path) -> None:
+    model, processor = make_flamingo("llama")
+    path = write_video(tmp_path / "video.mkv", 120)
+    inputs = processor(text="<image> w20 w21", videos=path, fps=3, max_frames=30)
+    assert inputs["num_frames"].tolist() == [[30]]
+    name = "resampler.features.temporal_embeddings"
+    state = model.state_dict()
+    learned = F.interpolate(state[name].T[None], size=30, mode="linear", align_corners=True)[0].T
+    longer, _ = make_flamingo("llama", max_frames=30)
+    longer.load_state_dict(state | {name: learned})
+    torch.testing.assert_close(model(**inputs).logits, longer(**inputs).logits)
+    longer.load_state_dict(state | {name: learned.flip(0)})
+    assert not torch.allclose(model(**inputs).logits, longer(**inputs).logits), "they matter"
 
 
 def test_padding_frames_and_media_are_not_encoded_and_may_hold_anything() -> None:

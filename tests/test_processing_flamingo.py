@@ -419,6 +419,9 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         ({"fps": 0.5}, (0, 20), (0,)),
         ({"num_frames": 2}, (0, 12), (0, 2)),
         ({"num_frames": 6}, (0, 4, 8, 12, 16, 20), (0, 1, 2, 3, 4)),
+        ({"max_frames": 2}, (0, 10), (0,)),
+        ({"fps": 5, "max_frames": 2}, (0, 2), (0, 2)),
+        ({"fps": 3, "max_frames": 30}, (0, 3, 6, 10, 13, 16, 20, 23), (0, 3)),
         ({"do_sample_frames": True}, (0, 10, 20), (0,)),
         ({"do_sample_frames": False}, range(25), range(5)),
     ],
@@ -441,6 +444,22 @@ def only(options: dict[str, Any], name: str) -> dict[str, Any]:
 
 def without(options: dict[str, Any], name: str) -> dict[str, Any]:
     return {key: value for key, value in options.items() if key != name}
+
+
+def test_a_call_says_otherwise_than_the_processor(clips: tuple[Path, Path]) -> None:
+    processor = FlamingoProcessor(make_image_processor(), make_tokenizer(), fps=5, max_frames=4)
+    for options, indices in (
+        ({}, (0, 2, 4, 6)),
+        ({"fps": 1}, (0, 10, 20)),
+        ({"max_frames": 30}, range(0, 25, 2)),
+        ({"num_frames": 5}, (0, 5, 10, 15, 20)),
+        ({"do_sample_frames": False}, range(25)),
+    ):
+        expected = make_processor()(text="<image>", videos=[[frames_of(clips[0], *indices)]])
+        assert_same(processor(text="<image>", videos=clips[0], **options), expected)
+    processor = FlamingoProcessor(make_image_processor(), make_tokenizer(), num_frames=5)
+    with pytest.raises(ValueError, match="max_frames and num_frames exclude each other, got 3 and 5"):
+        processor(text="<image>", videos=clips[0], max_frames=3)
 
 
 @pytest.mark.parametrize("path_type", [str, Path])
@@ -497,6 +516,9 @@ def test_frames_that_are_given_are_all_taken_unless_a_number_is_asked_for(form: 
     assert torch.equal(three[0, 0], pixels_of(seven[0], seven[2], seven[4]))
     assert torch.equal(three[0, 1, :1], pixels_of(CAT))
     assert torch.equal(taken(num_frames=1)[0, :, 0], pixels_of(seven[0], CAT))
+    assert torch.equal(taken(max_frames=3)[0, 0], pixels_of(*seven[:3])), "they need no times"
+    processor = FlamingoProcessor(make_image_processor(), make_tokenizer(), max_frames=3)
+    assert torch.equal(taken()[0, 0], pixels_of(*seven)), "what is set once is for files"
     processor = FlamingoProcessor(make_image_processor(), make_tokenizer(), num_frames=3)
     assert torch.equal(taken()[0, 0], pixels_of(*seven)), "what is set once is for files"
     assert torch.equal(taken(do_sample_frames=True), three)
@@ -515,8 +537,12 @@ def test_frames_that_are_given_are_all_taken_unless_a_number_is_asked_for(form: 
         ({"num_frames": True}, "num_frames must be a positive integer, got True"),
         (
             {"fps": 1, "do_sample_frames": False},
-            "do_sample_frames=False takes all frames; leave out fps and num_frames",
+            "do_sample_frames=False takes all frames; leave out fps, num_frames and max_frames",
         ),
+        ({"max_frames": 3, "do_sample_frames": False}, "do_sample_frames=False takes all frames"),
+        ({"max_frames": 0}, "max_frames must be a positive integer, got 0"),
+        ({"max_frames": 3, "num_frames": 2}, "max_frames and num_frames exclude each other, got 3 and 2"),
+        ({"fps": 1, "max_frames": 2}, "row 1, medium 1: fps needs times"),
         ({"fps": 1}, "row 1, medium 1: fps needs times, but frames that are given as such have none; give num_frames"),
         ({"do_sample_frames": True}, "row 1, medium 1: fps needs times"),
     ],
@@ -527,9 +553,9 @@ def test_what_cannot_be_sampled_is_refused(options: dict[str, Any], message: str
 
 
 @pytest.mark.unchecked
-@pytest.mark.parametrize("settings", [{"fps": 1, "num_frames": 2}, {"fps": -1}, {"num_frames": 0}])
+@pytest.mark.parametrize("settings", [{"fps": 1, "num_frames": 2}, {"fps": -1}, {"num_frames": 0}, {"max_frames": 0}])
 def test_a_processor_that_cannot_sample_is_refused(settings: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"fps|num_frames"):
+    with pytest.raises(ValueError, match=r"fps|num_frames|max_frames"):
         FlamingoProcessor(make_image_processor(), make_tokenizer(), **settings)
 
 
@@ -707,7 +733,12 @@ def test_what_was_encoded_is_decoded() -> None:
 @pytest.mark.parametrize("loader", [FlamingoProcessor, AutoProcessor])
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"fps": 2}, {"num_frames": 4, "chat_template": "{{ messages[0]['content'] }}"}, {"chat_template": NAMED}],
+    [
+        {},
+        {"fps": 2, "max_frames": 3},
+        {"num_frames": 4, "chat_template": "{{ messages[0]['content'] }}"},
+        {"chat_template": NAMED},
+    ],
 )
 @pytest.mark.parametrize("image_token, end_of_chunk_token", [SPECIAL, ("<photo>", "<stop>")])
 def test_a_processor_round_trips(
@@ -732,7 +763,8 @@ def test_a_processor_round_trips(
     assert (restored.image_token, restored.end_of_chunk_token) == (image_token, end_of_chunk_token)
     assert restored.image_token_id == processor.image_token_id
     assert restored.chat_template == processor.chat_template
-    assert (restored.fps, restored.num_frames) == (settings.get("fps"), settings.get("num_frames"))
+    for name in ("fps", "num_frames", "max_frames"):
+        assert getattr(restored, name) == settings.get(name)
     text = [f"{image_token}a cat{end_of_chunk_token}{image_token}", f"b{image_token}"]
     images = [[CAT, [DOG, EEL]], [clips[0]]]
     assert_same(restored(text=text, images=images), processor(text=text, images=images))

@@ -3,7 +3,7 @@ import struct
 import sys
 import tempfile
 import wave
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,67 @@ def test_a_number_of_frames_is_spread_evenly(times: list[int], num_frames: int) 
         assert found == list(range(len(times))), "all, each once"
     else:
         assert found == [shown_at(times, Fraction(i * (times[-1] + 1), num_frames)) for i in range(num_frames)]
+
+
+@given(
+    times=times_of_frames,
+    start=st.integers(0, 200),
+    fps=st.sampled_from((None, 1, 0.3, 3)),
+    max_frames=st.none() | st.integers(1, 6),
+)
+def test_frames_are_taken_from_a_start_on_up_to_the_most(
+    times: list[int], start: int, fps: float | None, max_frames: int | None
+) -> None:
+    start %= times[-1] + 1
+    if fps is None:
+        expected = list(range(shown_at(times, Fraction(start)), len(times)))
+    else:
+        moments = [start + 10 * i / Fraction(str(fps)) for i in range(1000)]
+        expected = [shown_at(times, moment) for moment in moments if moment < times[-1] + 1]
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_video(Path(folder, "video.mkv"), times)
+        assert indices(path, fps=fps, max_frames=max_frames, start=start / 10) == expected[:max_frames]
+
+
+@given(times=times_of_frames, start=st.integers(0, 200), num_frames=st.integers(1, 15))
+def test_a_number_of_frames_is_spread_over_what_comes_after_the_start(
+    times: list[int], start: int, num_frames: int
+) -> None:
+    start %= times[-1] + 1
+    left = list(range(shown_at(times, Fraction(start)), len(times)))
+    if num_frames < len(left):
+        step = Fraction(times[-1] + 1 - start, num_frames)
+        left = [shown_at(times, start + i * step) for i in range(num_frames)]
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_video(Path(folder, "video.mkv"), times)
+        assert indices(path, num_frames=num_frames, start=start / 10) == left
+
+
+@pytest.mark.parametrize("suffix", CODECS)
+def test_the_duration_is_told_without_decoding(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_video(tmp_path / f"video{suffix}", 25)
+    monkeypatch.setattr(video, "_decode", None)
+    assert VideoFile(path).duration() == pytest.approx(2.5, abs=0.01)
+    with pytest.raises(ValueError, match=r"start must be before the end of '.*video.*', after 2\.5 seconds, got 2\.6"):
+        next(VideoFile(path).frames(start=2.6))
+
+
+@pytest.mark.parametrize("sampling", [{"fps": 1, "max_frames": 2}, {"start": 0.9, "max_frames": 2}])
+def test_what_comes_after_the_last_frame_taken_is_not_decoded(
+    sampling: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_video(tmp_path / "video.mkv", 100)
+    decoded: list[Any] = []
+    decode = video._decode
+
+    def count(container: Any, stream: Any) -> Iterator[Any]:
+        for frame in decode(container, stream):
+            decoded.append(frame)
+            yield frame
+
+    monkeypatch.setattr(video, "_decode", count)
+    assert indices(path, **sampling)[-1] == 10
+    assert len(decoded) == 12, "and the one after it, which tells how long it is shown"
 
 
 @pytest.mark.parametrize("suffix, codec", [*CODECS.items(), (".mp4", "libx264"), (".mkv", "libx264")])
@@ -237,11 +298,23 @@ def test_a_video_may_start_late(suffix: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"fps": -1}, {"fps": 0}, {"num_frames": 0}, {"num_frames": -3}, {"fps": 1, "num_frames": 2}]
+    "options",
+    [
+        {"fps": -1},
+        {"fps": 0},
+        {"num_frames": 0},
+        {"num_frames": -3},
+        {"fps": 1, "num_frames": 2},
+        {"max_frames": 0},
+        {"max_frames": 3, "num_frames": 2},
+        {"start": -0.1},
+        {"start": float("nan")},
+        {"start": float("inf")},
+    ],
 )
 def test_impossible_choices_of_frames_are_refused(options: dict[str, Any], tmp_path: Path) -> None:
     path = write_video(tmp_path / "video.mkv", 3)
-    with pytest.raises(ValueError, match=r"must be a positive|exclude each other"):
+    with pytest.raises(ValueError, match=r"must be a (positive|number of seconds from 0)|exclude each other"):
         list(VideoFile(path).frames(**options))
 
 

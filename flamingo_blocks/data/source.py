@@ -30,8 +30,8 @@ class IndexedSource:
 
     Args:
         items: Anything with a length and items.
-        to_document: Makes a document of an item. A `ValueError`, `KeyError`, `TypeError` or `OSError` of it makes the
-            item a corrupt sample. None: the items are documents.
+        to_document: Makes a document of an item. Where it raises an error, the item is a corrupt sample. None: the
+            items are documents.
 
     Example:
         ```python
@@ -55,10 +55,7 @@ class IndexedSource:
 
     def _document(self, index: int) -> Document:
         item = self.items[index]
-        document = item if self.to_document is None else self.to_document(item)
-        if not isinstance(document, Document):
-            raise ValueError(f"a document was expected, got {type(document).__name__}; pass to_document=")
-        return document
+        return item if self.to_document is None else self.to_document(item)
 
 
 def read_one(read: Callable[[], Document], *, key: str) -> Document | CorruptSample:
@@ -67,8 +64,17 @@ def read_one(read: Callable[[], Document], *, key: str) -> Document | CorruptSam
     Args:
         read: Gives the document, or raises.
         key: Names it.
+
+    Raises:
+        ImportError: If a library is missing, and with it all samples.
     """
     try:
-        return read()
-    except (ValueError, KeyError, TypeError, IndexError, OSError) as error:
+        document: Any = read()
+        if not isinstance(document, Document):
+            raise ValueError(f"a document was expected, got {type(document).__name__}; pass to_document=")
+        document.text.encode()  # JSON may hold halves of characters, which no tokenizer takes
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:  # of many kinds: samples are of anybody's making
         return CorruptSample(key, f"{type(error).__name__}: {error}")
+    return document
