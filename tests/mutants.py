@@ -68,6 +68,7 @@ IDEFICS = "flamingo_blocks/convert/idefics.py"
 ASSEMBLY = "flamingo_blocks/convert/assembly.py"
 FLAMINGO_MINI = "flamingo_blocks/convert/flamingo_mini.py"
 MLLAMA = "flamingo_blocks/convert/mllama.py"
+MEMORY_PLAN = "flamingo_blocks/memory_plan.py"
 
 MUTANTS = [
     Mutant(
@@ -1974,6 +1975,46 @@ MUTANTS = [
         'sub(r"\\1.1.", rest)',
         'sub(r"\\1.0.", rest)',
         "tests/convert/test_open_flamingo.py::test_names_of_otters_resampler_are_known",
+    ),
+    Mutant(
+        "the memory plan is what is allocated",
+        "tied parameters count twice",
+        MEMORY_PLAN,
+        "in model.named_parameters():",
+        "in model.named_parameters(remove_duplicate=False):",
+        "tests/test_memory_plan.py::test_the_plan_is_what_is_allocated",
+    ),
+    Mutant(
+        "the memory plan is what is allocated",
+        "the optimizer keeps its state in float32, whatever the parameter's dtype",
+        MEMORY_PLAN,
+        "tensors * real * row_bytes + step_bytes",
+        "tensors * real * row_bytes // parameter.element_size() * 4 + step_bytes",
+        "tests/test_memory_plan.py::test_the_plan_is_what_is_allocated",
+    ),
+    Mutant(
+        "processes hold the chunks of each parameter, with room for the first",
+        "the last process makes room for its own rows only",
+        MEMORY_PLAN,
+        "+= room * row_bytes",
+        "+= real * row_bytes",
+        "tests/test_memory_plan.py::test_processes_hold_the_chunks_of_each_parameter_and_room_for_the_first",
+    ),
+    Mutant(
+        "processes hold the chunks of each parameter, with room for the first",
+        "the optimizer's state is padded, too",
+        MEMORY_PLAN,
+        "real = min(room, max(0, rows - rank * room))",
+        "real = room",
+        "tests/test_memory_plan.py::test_processes_hold_the_chunks_of_each_parameter_and_room_for_the_first",
+    ),
+    Mutant(
+        "only copies of a model send gradients in buckets",
+        "a single process is planned with buckets, too",
+        MEMORY_PLAN,
+        'if sharding == "ddp" and world_size > 1 else 0',
+        'if sharding == "ddp" else 0',
+        "tests/test_memory_plan.py::test_only_copies_of_a_model_send_gradients_in_buckets",
     ),
 ]
 

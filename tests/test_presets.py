@@ -48,6 +48,7 @@ def test_shapes_are_the_papers(
     # All that the paper trains, and nothing else.
     trained = {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad}
     assert trained == {"resampler", "injector", "new_tokens"}
+    assert {(p.requires_grad, p.dtype) for p in model.parameters()} == {(True, torch.float32), (False, torch.bfloat16)}
 
 
 def test_the_table_in_the_docs_is_what_the_shapes_give() -> None:
