@@ -2016,6 +2016,30 @@ MUTANTS = [
         'if sharding == "ddp" else 0',
         "tests/test_memory_plan.py::test_only_copies_of_a_model_send_gradients_in_buckets",
     ),
+    Mutant(
+        "checkpointing recomputes every layer and gives equal gradients",
+        "the resampler keeps all of its activations",
+        RESAMPLER,
+        "if self.gradient_checkpointing and torch.is_grad_enabled():",
+        "if self.gradient_checkpointing and not torch.is_grad_enabled():",
+        "tests/test_modeling_flamingo.py::test_checkpointing_recomputes_every_layer_and_gives_equal_gradients",
+    ),
+    Mutant(
+        "checkpointing recomputes every layer and gives equal gradients",
+        "the transformer looks at padding when it is recomputed",
+        BASELINES,
+        "checkpoint(layer, features, src_key_padding_mask=ignore, use_reentrant=False)",
+        "checkpoint(layer, features, use_reentrant=False)",
+        "tests/test_modeling_flamingo.py::test_checkpointing_recomputes_every_layer_and_gives_equal_gradients",
+    ),
+    Mutant(
+        "precision is the paper's",
+        "new tokens bring float32 into a language model of bfloat16",
+        NEW_TOKENS,
+        "rows = self.embeddings(index.clamp(min=0)).to(embeddings.dtype)",
+        "rows = self.embeddings(index.clamp(min=0))",
+        "tests/test_trainer.py::test_precision_is_the_papers",
+    ),
 ]
 
 README = """\
