@@ -70,9 +70,9 @@ def memory_plan(
 ) -> MemoryPlan:
     """Add up what training a model holds on one GPU when a backward has ended, before gradients are dropped.
 
-    That is what is allocated, byte for byte, less what CUDA's allocator adds by rounding. Beside it there must be room
-    for activations, and with `"fsdp"` for the layers that are gathered whole while they run: their parameters, and
-    those trained once more for gradients.
+    That is what is allocated, byte for byte; what CUDA's allocator adds by rounding is not counted. Beside it there
+    must be room for activations, and with `"fsdp"` for the layers that are gathered whole while they run: their
+    parameters, and those trained once more for gradients.
 
     Args:
         model: Any module, before it is wrapped or sharded. On the meta device it costs no memory. Parameters that are
@@ -91,12 +91,12 @@ def memory_plan(
     Example:
         ```python
         import torch
-        from flamingo_blocks import FlamingoForConditionalGeneration, flamingo_3b
+        from flamingo_blocks import GatedCrossAttentionBlock
         from flamingo_blocks.memory_plan import memory_plan
 
-        with torch.device("meta"):
-            model = FlamingoForConditionalGeneration(flamingo_3b())
-        print(memory_plan(model, world_size=8, sharding="fsdp"))
+        with torch.device("meta"):  # shapes only; so can be made a whole `flamingo_80b()`
+            block = GatedCrossAttentionBlock(dim=8192, media_dim=1536, heads=64)
+        print(memory_plan(block, world_size=8, sharding="fsdp"))
         ```
 
     Source: Rajbhandari et al. 2020 (ZeRO). Alayrac et al. 2022, appendix B.1.2, divide the optimizer state (stage 1)
