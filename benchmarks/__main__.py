@@ -24,6 +24,7 @@ SCRIPTS = {
     "decoding": "Generating",
     "streaming": "Media without end",
     "training": "Training",
+    "memory": "Memory of training",
     "startup": "Importing, building and compiling",
 }
 

@@ -1,9 +1,11 @@
 """The paper's three sizes, as configurations.
 
 They give the shapes of the paper, not its weights, which were never released. Its language models, Chinchilla, were not
-either: GPT-NeoX in Chinchilla's shapes stands for them, with rotary instead of relative positions.
+either: GPT-NeoX in Chinchilla's shapes stands for them, with rotary instead of relative positions. Precision is the
+paper's: what is frozen bfloat16, what is trained float32.
 
-Source: Alayrac et al. 2022 (Flamingo), appendix B.1, table 5; Hoffmann et al. 2022 (Chinchilla).
+Source: Alayrac et al. 2022 (Flamingo), appendix B.1, table 5 (shapes) and B.1.2 (precision); Hoffmann et al. 2022
+(Chinchilla).
 """
 
 from transformers import GPTNeoXConfig
@@ -50,6 +52,7 @@ def _flamingo(*, layers: int, width: int, heads: int, every: int) -> FlamingoCon
             use_parallel_residual=False,
             attention_bias=False,
             tie_word_embeddings=True,
+            dtype="bfloat16",
         ),
         vision_config=FlamingoVisionConfig(architecture="dm_nfnet_f6", image_size=320),
         cross_attention_layers=list(select_layers(layers, every=every)),
@@ -61,4 +64,5 @@ def _flamingo(*, layers: int, width: int, heads: int, every: int) -> FlamingoCon
         resampler_head_dim=96,
         num_latents=64,
         max_frames=8,
+        trained_dtype="float32",
     )

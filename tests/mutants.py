@@ -76,6 +76,7 @@ RECORDS = "flamingo_blocks/data/records.py"
 PAIRS = "flamingo_blocks/data/pairs.py"
 INTERLEAVED = "flamingo_blocks/data/interleaved.py"
 SOURCE = "flamingo_blocks/data/source.py"
+MEMORY_PLAN = "flamingo_blocks/memory_plan.py"
 
 MUTANTS = [
     Mutant(
@@ -2014,6 +2015,70 @@ MUTANTS = [
         'sub(r"\\1.1.", rest)',
         'sub(r"\\1.0.", rest)',
         "tests/convert/test_open_flamingo.py::test_names_of_otters_resampler_are_known",
+    ),
+    Mutant(
+        "the memory plan is what is allocated",
+        "tied parameters count twice",
+        MEMORY_PLAN,
+        "in model.named_parameters():",
+        "in model.named_parameters(remove_duplicate=False):",
+        "tests/test_memory_plan.py::test_the_plan_is_what_is_allocated",
+    ),
+    Mutant(
+        "the memory plan is what is allocated",
+        "the optimizer keeps its state in float32, whatever the parameter's dtype",
+        MEMORY_PLAN,
+        "tensors * real * row_bytes + step_bytes",
+        "tensors * real * row_bytes // parameter.element_size() * 4 + step_bytes",
+        "tests/test_memory_plan.py::test_the_plan_is_what_is_allocated",
+    ),
+    Mutant(
+        "processes hold the chunks of each parameter, with room for the first",
+        "the last process makes room for its own rows only",
+        MEMORY_PLAN,
+        "+= room * row_bytes",
+        "+= real * row_bytes",
+        "tests/test_memory_plan.py::test_processes_hold_the_chunks_of_each_parameter_and_room_for_the_first",
+    ),
+    Mutant(
+        "processes hold the chunks of each parameter, with room for the first",
+        "the optimizer's state is padded, too",
+        MEMORY_PLAN,
+        "real = min(room, max(0, rows - rank * room))",
+        "real = room",
+        "tests/test_memory_plan.py::test_processes_hold_the_chunks_of_each_parameter_and_room_for_the_first",
+    ),
+    Mutant(
+        "only copies of a model send gradients in buckets",
+        "a single process is planned with buckets, too",
+        MEMORY_PLAN,
+        'if sharding == "ddp" and world_size > 1 else 0',
+        'if sharding == "ddp" else 0',
+        "tests/test_memory_plan.py::test_only_copies_of_a_model_send_gradients_in_buckets",
+    ),
+    Mutant(
+        "checkpointing recomputes every layer and gives equal gradients",
+        "the resampler keeps all of its activations",
+        RESAMPLER,
+        "if self.gradient_checkpointing and torch.is_grad_enabled():",
+        "if self.gradient_checkpointing and not torch.is_grad_enabled():",
+        "tests/test_modeling_flamingo.py::test_checkpointing_recomputes_every_layer_and_gives_equal_gradients",
+    ),
+    Mutant(
+        "checkpointing recomputes every layer and gives equal gradients",
+        "the transformer looks at padding when it is recomputed",
+        BASELINES,
+        "checkpoint(layer, features, src_key_padding_mask=ignore, use_reentrant=False)",
+        "checkpoint(layer, features, use_reentrant=False)",
+        "tests/test_modeling_flamingo.py::test_checkpointing_recomputes_every_layer_and_gives_equal_gradients",
+    ),
+    Mutant(
+        "precision is the paper's",
+        "new tokens bring float32 into a language model of bfloat16",
+        NEW_TOKENS,
+        "rows = self.embeddings(index.clamp(min=0)).to(embeddings.dtype)",
+        "rows = self.embeddings(index.clamp(min=0))",
+        "tests/test_trainer.py::test_precision_is_the_papers",
     ),
     Mutant(
         "documents come back from tar files in order",

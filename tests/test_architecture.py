@@ -30,6 +30,7 @@ LAYERS = [
     "vision",
     "new_tokens",
     "optimization",
+    "memory_plan",
     "media_cache",
     "media_encoding",
     "parts",

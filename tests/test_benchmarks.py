@@ -3,12 +3,16 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import measure
 from benchmarks.__main__ import SCRIPTS, quantity, table
 from benchmarks.measure import RESULTS, Result, medians
+from benchmarks.memory import peak_memory, training_step
+from tests.tiny_flamingo import make_flamingo
 
 
 @pytest.mark.parametrize(
@@ -44,6 +48,21 @@ def test_medians_are_those_of_rounds_in_which_alternatives_take_turns(monkeypatc
 )
 def test_quantities_have_three_digits(value: float, unit: str, text: str) -> None:
     assert quantity(value, unit) == text
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing")
+def test_checkpointing_lowers_the_peak_of_a_step_and_a_longer_text_raises_it() -> None:
+    model: Any = make_flamingo("gpt_neox", resampler_depth=3)[0].train()
+
+    def peak(text: int, media: int, *, checkpointed: bool) -> int:
+        input_ids = torch.full((1, text), 20)
+        input_ids[:, :media] = model.config.image_token_id
+        features = torch.randn(1, media, 1, 4, model.vision_encoder.vision_dim)
+        return peak_memory(training_step(model, input_ids, features, checkpointed=checkpointed))
+
+    assert peak(64, 2, checkpointed=True) < 0.8 * peak(64, 2, checkpointed=False)
+    assert peak(64, 2, checkpointed=False) < peak(128, 2, checkpointed=False)
+    assert peak(64, 2, checkpointed=False) < peak(64, 16, checkpointed=False)
 
 
 def test_the_page_shows_the_figures_on_record() -> None:

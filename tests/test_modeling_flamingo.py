@@ -4,6 +4,7 @@ import io
 import itertools
 import logging
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -353,21 +354,28 @@ def test_parts_that_are_not_frozen_are_trained(freeze: Any) -> None:
     assert model.vision_encoder.backbone.training == ("vision_encoder" not in freeze)
 
 
-def test_checkpointing_gives_equal_gradients() -> None:
+@pytest.mark.parametrize("resampler", ["perceiver", "transformer"])
+@pytest.mark.parametrize("freeze", [("language_model", "vision_encoder"), ()])
+def test_checkpointing_recomputes_every_layer_and_gives_equal_gradients(resampler: Any, freeze: Any) -> None:
     def gradients(*, checkpointed: bool) -> dict[str, Tensor]:
-        model, _ = make_flamingo()
-        model.train()
+        model: Any = make_flamingo(resampler=resampler, freeze=freeze, resampler_depth=2)[0].double().train()
         if checkpointed:
             # The older name is all that older versions know.
             getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-            assert model.injector.gradient_checkpointing
+        calls = Counter[nn.Module]()
+        layers = [*model.injector.blocks.values(), *model.resampler.layers, *model.language_model.model.layers]
+        for layer in layers:  # the attention or the like in it: what is called again has no hooks of its own
+            next(layer.children()).register_forward_hook(lambda module, *_: calls.update([module]))
         first, second = Prompt.make(model, seed=0), Prompt.make(model, seed=1)
         losses = [model(**p.inputs, labels=p.input_ids).loss for p in (first, second)]
         sum(losses).backward()
+        assert len(calls) == len(layers)
+        assert min(calls.values()) >= 4 if checkpointed else set(calls.values()) == {2}
         return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
     expected, found = gradients(checkpointed=False), gradients(checkpointed=True)
     assert expected.keys() == found.keys()
+    assert any(name.startswith("vision_encoder") for name in found) == (not freeze)
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, msg=name)
 

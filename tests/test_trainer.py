@@ -14,9 +14,10 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
-from flamingo_blocks import FlamingoForConditionalGeneration, parameter_groups
-from tests.tiny_flamingo import make_flamingo
-from tests.tiny_language_models import VOCAB
+from flamingo_blocks import FlamingoForConditionalGeneration, build_flamingo, parameter_groups
+from flamingo_blocks.configuration_flamingo import FlamingoVisionConfig
+from tests.tiny_flamingo import SIZES, VISION, make_flamingo, make_tokenizer
+from tests.tiny_language_models import CONFIGS, VOCAB
 from tests.tiny_training import collate, make_examples, make_resumable_trainer, make_trainer
 
 TRAINED = ("resampler.", "injector.", "new_tokens.")
@@ -85,6 +86,61 @@ def test_bf16_losses_are_close_to_those_of_float32(tmp_path: Path) -> None:
     half.train()
     assert losses(half) != losses(full)
     torch.testing.assert_close(losses(half), losses(full), rtol=2e-2, atol=0.0)
+
+
+class NoteGradients(TrainerCallback):
+    def __init__(self, gradients: dict[str, torch.dtype]) -> None:
+        self.gradients = gradients
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        for name, parameter in kwargs["model"].named_parameters():
+            if parameter.grad is not None:
+                self.gradients[name] = parameter.grad.dtype
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing. is deprecated")
+def test_precision_is_the_papers(name: str, tmp_path: Path) -> None:
+    vision = FlamingoVisionConfig(**VISION["vit"])
+    options: dict[str, Any] = {"dtype": torch.bfloat16, "gate_init": 0.5, **SIZES}
+    model: Any = build_flamingo(CONFIGS[name](), vision, tokenizer=make_tokenizer(), **options)[0]
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0  # it would draw anew for the model that this one is compared with
+    exact = copy.deepcopy(model).float()
+    computed: dict[str, set[torch.dtype]] = {}
+    gradients: dict[str, torch.dtype] = {}
+
+    def note_dtypes(name: str) -> Any:
+        def hook(module: Any, args: Any, output: Any) -> None:  # noqa: ARG001
+            for tensor in output if isinstance(output, tuple) else (output,):
+                if isinstance(tensor, Tensor) and tensor.is_floating_point():
+                    computed.setdefault(name, set()).add(tensor.dtype)
+                    if tensor.requires_grad:
+                        tensor.register_hook(lambda gradient: computed[name].add(gradient.dtype))
+
+        return hook
+
+    is_frozen = {"vision_encoder": True, "language_model": True, "resampler": False, "injector": False}
+    for part, frozen in is_frozen.items():
+        for key, module in model.get_submodule(part).named_modules(prefix=part):
+            # Of what is frozen all, of what is trained the matrix products; autocast leaves norms in float32.
+            if frozen or isinstance(module, torch.nn.Linear):
+                module.register_forward_hook(note_dtypes(key))
+    keywords: dict[str, Any] = {"callbacks": [NoteGradients(gradients)]}
+    trainer = make_trainer(tmp_path, model=model, keywords=keywords, bf16=True, gradient_checkpointing=True)
+    trainer.train()
+    assert {key.split(".")[0] for key in computed} == set(is_frozen)
+    assert {key for key, dtypes in computed.items() if dtypes != {torch.bfloat16}} == set()
+    assert all(p.dtype == (torch.float32 if p.requires_grad else torch.bfloat16) for p in model.parameters())
+    assert gradients == dict.fromkeys(trained(model), torch.float32)
+    states = trainer.optimizer.state_dict()["state"]
+    assert len(states) == len(gradients)
+    assert {value.dtype for state in states.values() for value in state.values()} == {torch.float32}
+
+    full = make_trainer(tmp_path, model=exact)
+    full.train()
+    torch.testing.assert_close(losses(trainer), losses(full), rtol=2e-2, atol=0.0)
 
 
 @pytest.mark.parametrize("use_cache", [False, True])

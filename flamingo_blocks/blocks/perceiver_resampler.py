@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from flamingo_blocks.blocks.feed_forward import FeedForward
 from flamingo_blocks.blocks.media_features import MediaFeatures
@@ -34,6 +35,10 @@ class PerceiverResampler(nn.Module):
         max_frames: Number of learned temporal embeddings. A longer video interpolates them linearly. 0: frames are not
             told apart.
         max_media: Number of learned embeddings of a medium's place among those of its row. 0, as in the paper: none.
+
+    Attributes:
+        gradient_checkpointing: Recompute each layer in backward instead of keeping its activations. transformers sets
+            it too, with checkpointing of a whole model.
 
     Raises:
         ValueError: If `heads` does not divide `dim` and no `head_dim` is given, or a size is not positive.
@@ -73,6 +78,7 @@ class PerceiverResampler(nn.Module):
             for _ in range(depth)
         )
         self.norm = nn.LayerNorm(dim)
+        self.gradient_checkpointing = False
 
     def reset_parameters(self) -> None:
         """Draw the latents anew."""
@@ -102,7 +108,10 @@ class PerceiverResampler(nn.Module):
         features = rearrange(features, "batch media frames patches dim -> (batch media) (frames patches) dim")
         latents = self.latents.expand(batch * media, -1, -1)
         for layer in self.layers:
-            latents = layer(latents, features, mask)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                latents = checkpoint(layer, latents, features, mask, use_reentrant=False)
+            else:
+                latents = layer(latents, features, mask)
         return self.norm(latents).unflatten(0, (batch, media))
 
 

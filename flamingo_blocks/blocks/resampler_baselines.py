@@ -9,9 +9,11 @@ each frame is processed and the real frames of a medium are averaged, patch by p
 
 from collections.abc import Callable
 
+import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from flamingo_blocks.blocks.feed_forward import FeedForward, SquaredReLU
 from flamingo_blocks.blocks.media_features import MediaFeatures, clear_padding
@@ -119,6 +121,9 @@ class TransformerResampler(nn.Module):
         hidden: Width of the feed-forward networks; 4 * `dim` by default.
         max_frames: Number of learned temporal embeddings; 0: frames are not told apart.
 
+    Attributes:
+        gradient_checkpointing: As for `PerceiverResampler`.
+
     Raises:
         ValueError: If `heads` does not divide `dim`, or a size is not positive.
 
@@ -156,6 +161,7 @@ class TransformerResampler(nn.Module):
             for _ in range(depth)
         )
         self.norm = nn.LayerNorm(dim)
+        self.gradient_checkpointing = False
 
     def forward(
         self,
@@ -172,7 +178,10 @@ class TransformerResampler(nn.Module):
             ignore = rearrange(ignore, "batch media frames -> (batch media) frames").repeat_interleave(patches, dim=1)
         features = rearrange(features, "batch media frames patches dim -> (batch media) (frames patches) dim")
         for layer in self.layers:
-            features = layer(features, src_key_padding_mask=ignore)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                features = checkpoint(layer, features, src_key_padding_mask=ignore, use_reentrant=False)
+            else:
+                features = layer(features, src_key_padding_mask=ignore)
         features = features.unflatten(1, (frames, patches)).unflatten(0, (batch, media))
         return self.norm(_mean_over_frames(features, is_real))
 
