@@ -68,6 +68,7 @@ IDEFICS = "flamingo_blocks/convert/idefics.py"
 ASSEMBLY = "flamingo_blocks/convert/assembly.py"
 FLAMINGO_MINI = "flamingo_blocks/convert/flamingo_mini.py"
 MLLAMA = "flamingo_blocks/convert/mllama.py"
+PRETRAINING = "examples/pretrain_vision_encoder.py"
 
 MUTANTS = [
     Mutant(
@@ -2022,6 +2023,46 @@ MUTANTS = [
         "image_embeddings.device.type, enabled=False",
         'image_embeddings.device.type, enabled=torch.is_autocast_enabled("cpu")',
         "tests/blocks/test_contrastive.py::test_autocast_changes_nothing",
+    ),
+    Mutant(
+        "what is drawn for pre-training depends on seed and number alone",
+        "augmentation goes on as it comes",
+        PRETRAINING,
+        "            random.seed(mix(self.seed, number))\n",
+        "",
+        "tests/test_pretrain_vision_encoder.py::test_what_is_drawn_depends_on_seed_and_number_alone",
+    ),
+    Mutant(
+        "pre-training that was stopped goes on as if it was not",
+        "the learning rate begins anew",
+        PRETRAINING,
+        '        schedule.load_state_dict(state["schedule"])\n',
+        "",
+        "tests/test_pretrain_vision_encoder.py::test_a_run_that_was_stopped_goes_on_as_if_it_was_not",
+    ),
+    Mutant(
+        "pre-training that was stopped goes on as if it was not",
+        "dropout goes on as it comes",
+        PRETRAINING,
+        "        torch.manual_seed(mix(arguments.seed, step, rank))",
+        "        pass",
+        "tests/test_pretrain_vision_encoder.py::test_a_run_that_was_stopped_goes_on_as_if_it_was_not",
+    ),
+    Mutant(
+        "too much that is corrupt stops pre-training",
+        "it goes on",
+        PRETRAINING,
+        "if len(corrupt) > most:",
+        "if False:",
+        "tests/test_pretrain_vision_encoder.py::test_too_much_that_is_corrupt_stops_the_run",
+    ),
+    Mutant(
+        "recall counts equal texts as one",
+        "an image must find the very text that came with it",
+        PRETRAINING,
+        "(ids[nearest] == ids)",
+        "(nearest == torch.arange(len(ids)))",
+        "tests/test_pretrain_vision_encoder.py::test_recall_counts_equal_texts_as_one",
     ),
 ]
 
