@@ -77,6 +77,7 @@ PAIRS = "flamingo_blocks/data/pairs.py"
 INTERLEAVED = "flamingo_blocks/data/interleaved.py"
 SOURCE = "flamingo_blocks/data/source.py"
 MEMORY_PLAN = "flamingo_blocks/memory_plan.py"
+PRETRAINING = "examples/pretrain_vision_encoder.py"
 
 MUTANTS = [
     Mutant(
@@ -2015,6 +2016,94 @@ MUTANTS = [
         'sub(r"\\1.1.", rest)',
         'sub(r"\\1.0.", rest)',
         "tests/convert/test_open_flamingo.py::test_names_of_otters_resampler_are_known",
+    ),
+    Mutant(
+        "two processes are one with the whole batch",
+        "a process keeps the gradients that it has for others' embeddings",
+        CONTRASTIVE,
+        "        distributed.all_reduce(total)\n",
+        "",
+        "tests/blocks/test_contrastive.py::test_two_processes_are_one_with_the_whole_batch",
+    ),
+    Mutant(
+        "two processes are one with the whole batch",
+        "each takes the mean over its own images",
+        CONTRASTIVE,
+        "image_to_text / len(batch.all_images)",
+        "image_to_text / len(batch.images)",
+        "tests/blocks/test_contrastive.py::test_two_processes_are_one_with_the_whole_batch",
+    ),
+    Mutant(
+        "two processes are one with the whole batch",
+        "pairs of two processes have the same numbers",
+        CONTRASTIVE,
+        "start = sum(image_counts[:rank])",
+        "start = 0",
+        "tests/blocks/test_contrastive.py::test_two_processes_are_one_with_the_whole_batch",
+    ),
+    Mutant(
+        "what processes cannot compare, all of them refuse",
+        "one with a match for all of its own goes on",
+        CONTRASTIVE,
+        "_check_matches(torch.isin(all_image_ids, all_text_ids), ",
+        "_check_matches(torch.isin(image_ids, all_text_ids), ",
+        "tests/blocks/test_contrastive.py::test_what_processes_cannot_compare_all_of_them_refuse",
+    ),
+    Mutant(
+        "a process holds the logits of its own rows alone",
+        "it has those of the whole batch",
+        CONTRASTIVE,
+        "scale * batch.images @ batch.all_texts.T, batch.texts_of_images)",
+        "scale * batch.all_images @ batch.all_texts.T, batch.texts_of_images.repeat(2, 1))",
+        "tests/blocks/test_contrastive.py::test_a_process_holds_the_logits_of_its_own_rows_alone",
+    ),
+    Mutant(
+        "autocast changes nothing",
+        "it makes logits of 16 bits",
+        CONTRASTIVE,
+        "image_embeddings.device.type, enabled=False",
+        'image_embeddings.device.type, enabled=torch.is_autocast_enabled("cpu")',
+        "tests/blocks/test_contrastive.py::test_autocast_changes_nothing",
+    ),
+    Mutant(
+        "what is drawn for pre-training depends on seed and number alone",
+        "augmentation goes on as it comes",
+        PRETRAINING,
+        "            random.seed(mix(self.seed, number))\n",
+        "",
+        "tests/test_pretrain_vision_encoder.py::test_what_is_drawn_depends_on_seed_and_number_alone",
+    ),
+    Mutant(
+        "pre-training that was stopped goes on as if it was not",
+        "the learning rate begins anew",
+        PRETRAINING,
+        '        schedule.load_state_dict(state["schedule"])\n',
+        "",
+        "tests/test_pretrain_vision_encoder.py::test_a_run_that_was_stopped_goes_on_as_if_it_was_not",
+    ),
+    Mutant(
+        "pre-training that was stopped goes on as if it was not",
+        "dropout goes on as it comes",
+        PRETRAINING,
+        "        torch.manual_seed(mix(arguments.seed, step, rank))",
+        "        pass",
+        "tests/test_pretrain_vision_encoder.py::test_a_run_that_was_stopped_goes_on_as_if_it_was_not",
+    ),
+    Mutant(
+        "too much that is corrupt stops pre-training",
+        "it goes on",
+        PRETRAINING,
+        "if len(corrupt) > most:",
+        "if False:",
+        "tests/test_pretrain_vision_encoder.py::test_too_much_that_is_corrupt_stops_the_run",
+    ),
+    Mutant(
+        "recall counts equal texts as one",
+        "an image must find the very text that came with it",
+        PRETRAINING,
+        "(ids[nearest] == ids)",
+        "(nearest == torch.arange(len(ids)))",
+        "tests/test_pretrain_vision_encoder.py::test_recall_counts_equal_texts_as_one",
     ),
     Mutant(
         "the memory plan is what is allocated",
