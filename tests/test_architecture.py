@@ -57,6 +57,7 @@ LAYERS = [
     "convert.__main__",
     "data.document",
     "data.source",
+    "data.feature_cache",
     "data",
     "",
 ]
@@ -79,6 +80,7 @@ MAY_ALSO_IMPORT = {
     "convert.idefics": {"transformers"},
     "convert.flamingo_mini": {"transformers"},
     "convert.mllama": {"transformers"},
+    "data.feature_cache": {"safetensors", "tqdm"},
 }
 
 
