@@ -24,6 +24,7 @@ SCRIPTS = {
     "decoding": "Generating",
     "streaming": "Media without end",
     "training": "Training",
+    "feature_cache": "Training from cached features",
     "startup": "Importing, building and compiling",
 }
 

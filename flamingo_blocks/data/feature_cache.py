@@ -33,7 +33,7 @@ class FeatureCache:
     """Read the features of media that `write_feature_cache` wrote.
 
     It gives what the encoder would, in the dtype that was written. It can be shared among threads, and goes to data
-    workers as a path. The files are mapped into memory; what is held besides is a name for each medium, about 200 bytes
+    workers as a path. The files are mapped into memory; what is held besides is a name for each medium, about 400 bytes
     of it. To open it, the weights of the encoder are read once, but neither images nor features.
 
     A shard that was cut short is found when the cache is opened. There are no checksums of features: shards are synced
