@@ -25,6 +25,7 @@ SCRIPTS = {
     "streaming": "Media without end",
     "training": "Training",
     "memory": "Memory of training",
+    "feature_cache": "Training from cached features",
     "startup": "Importing, building and compiling",
 }
 

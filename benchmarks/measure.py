@@ -37,7 +37,7 @@ class Result:
         goal: What was aimed at, such as ">= 5.5" or "<= 1.3". Empty: nothing, the figure is for information.
         ours: In `unit`.
         theirs: In `unit`.
-        unit: "s" or "MiB".
+        unit: "s", "MiB" or "KiB".
     """
 
     what: str

@@ -78,6 +78,7 @@ INTERLEAVED = "flamingo_blocks/data/interleaved.py"
 SOURCE = "flamingo_blocks/data/source.py"
 MEMORY_PLAN = "flamingo_blocks/memory_plan.py"
 PRETRAINING = "examples/pretrain_vision_encoder.py"
+FEATURE_CACHE = "flamingo_blocks/data/feature_cache.py"
 
 MUTANTS = [
     Mutant(
@@ -2016,6 +2017,70 @@ MUTANTS = [
         'sub(r"\\1.1.", rest)',
         'sub(r"\\1.0.", rest)',
         "tests/convert/test_open_flamingo.py::test_names_of_otters_resampler_are_known",
+    ),
+    Mutant(
+        "a stale cache is an error that says what differs",
+        "only names and shapes of weights count",
+        FEATURE_CACHE,
+        "        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)\n",
+        "",
+        "tests/data/test_feature_cache.py::test_a_stale_cache_is_an_error_that_says_what_differs",
+    ),
+    Mutant(
+        "a stale cache is an error that says what differs",
+        "an activation does not count",
+        FEATURE_CACHE,
+        "repr(backbone).encode()",
+        "type(backbone).__name__.encode()",
+        "tests/data/test_feature_cache.py::test_a_stale_cache_is_an_error_that_says_what_differs",
+    ),
+    Mutant(
+        "a writer that is killed leaves whole shards",
+        "a shard has its name from the start",
+        FEATURE_CACHE,
+        'unfinished = file.with_suffix(".part")',
+        "unfinished = file",
+        "tests/data/test_feature_cache.py::test_a_writer_that_is_killed_leaves_whole_shards_and_goes_on",
+    ),
+    Mutant(
+        "each medium is encoded once",
+        "those of one run are not remembered",
+        FEATURE_CACHE,
+        "        known.add(key)\n",
+        "",
+        "tests/data/test_feature_cache.py::test_each_medium_is_encoded_once_also_in_later_runs",
+    ),
+    Mutant(
+        "cached features are those of the encoder",
+        "autocast reaches the encoder",
+        FEATURE_CACHE,
+        "torch.autocast(device.type, enabled=False)",
+        "torch.no_grad()",
+        "tests/data/test_feature_cache.py::test_autocast_does_not_reach_the_encoder",
+    ),
+    Mutant(
+        "features of a data worker do not take their shard along",
+        "they are a view of the mapped file",
+        FEATURE_CACHE,
+        "shard.get_tensor(_key(medium)).clone()",
+        "shard.get_tensor(_key(medium))",
+        "tests/data/test_feature_cache.py::test_features_may_be_changed_without_changing_the_cache",
+    ),
+    Mutant(
+        "an image and a video are different media, also with the same bytes",
+        "their features have one name",
+        FEATURE_CACHE,
+        'medium.digest() if medium.kind == "image" else f"{medium.digest()} {medium.kind}"',
+        "medium.digest()",
+        "tests/data/test_feature_cache.py::test_a_medium_that_is_not_there_is_named",
+    ),
+    Mutant(
+        "training from the cache gives the same losses",
+        "features of one medium go to another",
+        FEATURE_CACHE,
+        "features.split([len(pixels) for pixels in media])",
+        "features.flip(0).split([len(pixels) for pixels in media])",
+        "tests/data/test_feature_cache.py::test_training_from_the_cache_gives_the_same_losses_and_gradients",
     ),
     Mutant(
         "two processes are one with the whole batch",

@@ -67,6 +67,7 @@ LAYERS = [
     "data.records",
     "data.pairs",
     "data.interleaved",
+    "data.feature_cache",
     "data",
     "",
 ]
@@ -90,6 +91,7 @@ MAY_ALSO_IMPORT = {
     "convert.flamingo_mini": {"transformers"},
     "convert.mllama": {"transformers"},
     "data.records": {"pyarrow"},
+    "data.feature_cache": {"safetensors", "tqdm"},
 }
 
 
