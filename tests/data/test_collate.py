@@ -40,19 +40,29 @@ def make_example(length: int, media: dict[int, int], sees_next: bool, seed: int,
 
 
 @st.composite
-def rows_of_examples(draw: st.DrawFn, *, shape: tuple[int, ...] = PIXELS, max_rows: int = 3) -> list[list[Example]]:
-    def example() -> Example:
-        length = draw(st.integers(1, 6))
-        media = draw(st.dictionaries(st.integers(0, length - 1), st.integers(1, 2), max_size=2))
-        return make_example(length, dict(sorted(media.items())), draw(st.booleans()), draw(seeds), shape)
+def layouts(draw: st.DrawFn) -> dict[str, Any]:
+    length = draw(st.integers(1, 6))
+    media = draw(st.dictionaries(st.integers(0, length - 1), st.integers(1, 2), max_size=2))
+    return {
+        "length": length,
+        "media": dict(sorted(media.items())),
+        "sees_next": draw(st.booleans()),
+        "seed": draw(seeds),
+    }
 
-    return [[example() for _ in range(draw(st.integers(1, 3)))] for _ in range(draw(st.integers(1, max_rows)))]
+
+rows_of_layouts = st.lists(st.lists(layouts(), min_size=1, max_size=3), min_size=1, max_size=3)
 
 
-@given(rows=rows_of_examples(shape=(2, 3)), extra=st.none() | st.integers(0, 3), separate=st.booleans())
+def make_rows(rows: list[list[dict[str, Any]]], shape: tuple[int, ...]) -> list[list[Example]]:
+    return [[make_example(**layout, shape=shape) for layout in row] for row in rows]
+
+
+@given(layout=rows_of_layouts, extra=st.none() | st.integers(0, 3), separate=st.booleans())
 def test_a_batch_holds_each_token_and_medium_at_its_place(
-    rows: list[list[Example]], extra: int | None, separate: bool
+    layout: list[list[dict[str, Any]]], extra: int | None, separate: bool
 ) -> None:
+    rows = make_rows(layout, (2, 3))
     longest = max(sum(len(example) for example in row) for row in rows)
     length = None if extra is None else longest + extra
     batch = collate(rows, pad_token_id=PAD, media_shape=(2, 3), length=length, separate_attention=separate)
@@ -85,8 +95,9 @@ def test_a_batch_holds_each_token_and_medium_at_its_place(
         assert seen[at:] == [[0, 0]] * padding
 
 
-@given(rows=rows_of_examples(shape=(2, 3)))
-def test_ranges_are_those_of_packed_documents(rows: list[list[Example]]) -> None:
+@given(layout=rows_of_layouts)
+def test_ranges_are_those_of_packed_documents(layout: list[list[dict[str, Any]]]) -> None:
+    rows = make_rows(layout, (2, 3))
     batch = collate(rows, pad_token_id=PAD, media_shape=(2, 3))
     length = batch["input_ids"].shape[1]
     for number, row in enumerate(rows):
@@ -114,8 +125,9 @@ def summed_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("lm", ["llama", "gpt2", "qwen3"])
 @settings(max_examples=6)
-@given(rows=rows_of_examples(max_rows=2))
-def test_packed_equals_unpacked(lm: str, rows: list[list[Example]]) -> None:
+@given(layout=rows_of_layouts)
+def test_packed_equals_unpacked(lm: str, layout: list[list[dict[str, Any]]]) -> None:
+    rows = make_rows(layout, PIXELS)
     model = flamingo(lm)
     options: dict[str, Any] = {"pad_token_id": PAD, "media_shape": PIXELS}
     batch = collate(rows, separate_attention=True, **options)

@@ -204,8 +204,8 @@ KINDS: dict[str, Callable[[], Any]] = {
 def test_text_is_tokenized_as_for_generating(kind: str) -> None:
     processor = make_processor(KINDS[kind]())
     make = ExampleMaker(processor, load=number_of)
-    document = Document(("A cat", " sits", Medium("image", b"1"), Medium("image", b"2"), " the mat. A", "dog"))
-    written = "A cat sits<EOC><image><EOC><image> the mat. Adog<EOC>"
+    document = Document(("A cat", " sits", Medium("image", b"1"), Medium("image", b"2"), "the mat. A", " dog"))
+    written = "A cat sits<EOC><image><EOC><image>the mat. A dog<EOC>"
     assert make.tokenize(document).tolist() == processor.tokenizer(written, add_special_tokens=False)["input_ids"]
 
 

@@ -15,17 +15,16 @@ def make_example(length: int, media: int = 0) -> Example:
     return Example(ids, ids, torch.zeros(length, 2, dtype=torch.long), (torch.zeros(1, 2, 3),) * media)
 
 
-@st.composite
-def queues(draw: st.DrawFn) -> tuple[list[Example], int, int | None]:
-    sizes = draw(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 3)), max_size=12))
-    return [make_example(*size) for size in sizes], draw(st.integers(9, 20)), draw(st.none() | st.integers(3, 6))
+queues = st.lists(st.tuples(st.integers(1, 9), st.integers(0, 3)), max_size=12)  # of tokens and media
+lengths = st.integers(9, 20)
+limits = st.none() | st.integers(3, 6)
 
 
-@given(queue=queues())
+@given(sizes=queues, length=lengths, max_media=limits)
 def test_rows_hold_all_examples_in_order_and_begin_with_what_did_not_fit(
-    queue: tuple[list[Example], int, int | None],
+    sizes: list[tuple[int, int]], length: int, max_media: int | None
 ) -> None:
-    examples, length, max_media = queue
+    examples = [make_example(*size) for size in sizes]
     packer, incoming = Packer(length, max_media=max_media), iter(examples)
     expected: list[list[Example]] = []
     for example in examples:
@@ -43,19 +42,22 @@ def test_rows_hold_all_examples_in_order_and_begin_with_what_did_not_fit(
     assert packer.next_row(incoming) == []
 
 
-@given(queue=queues(), stop=st.integers(0, 12))
-def test_packing_goes_on_from_what_is_held(queue: tuple[list[Example], int, int | None], stop: int) -> None:
-    examples, length, max_media = queue
+@given(sizes=queues, length=lengths, max_media=limits, stop=st.integers(0, 12))
+def test_packing_goes_on_from_what_is_held(
+    sizes: list[tuple[int, int]], length: int, max_media: int | None, stop: int
+) -> None:
+    examples = [make_example(*size) for size in sizes]
     packer, incoming = Packer(length, max_media=max_media), iter(examples)
-    for _ in range(stop):
-        packer.next_row(incoming)
+    rows = [packer.next_row(incoming) for _ in range(stop)]
     rest = list(incoming)
     resumed = Packer(length, max_media=max_media)
     resumed.held = packer.held
     one, other = iter(rest), iter(rest)
     while row := packer.next_row(one):
-        assert list(map(id, row)) == list(map(id, resumed.next_row(other)))
+        rows.append(resumed.next_row(other))
+        assert list(map(id, rows[-1])) == list(map(id, row))
     assert not resumed.next_row(other)
+    assert [id(example) for row in rows for example in row] == list(map(id, examples))
 
 
 def test_an_example_that_fits_into_no_row_is_an_error() -> None:
