@@ -70,6 +70,7 @@ FLAMINGO_MINI = "flamingo_blocks/convert/flamingo_mini.py"
 MLLAMA = "flamingo_blocks/convert/mllama.py"
 DOCUMENT = "flamingo_blocks/data/document.py"
 STREAM = "flamingo_blocks/data/stream.py"
+READING = "flamingo_blocks/data/reading.py"
 MIXTURE = "flamingo_blocks/data/mixture.py"
 SHARDS = "flamingo_blocks/data/shards.py"
 RECORDS = "flamingo_blocks/data/records.py"
@@ -79,6 +80,9 @@ SOURCE = "flamingo_blocks/data/source.py"
 MEMORY_PLAN = "flamingo_blocks/memory_plan.py"
 PRETRAINING = "examples/pretrain_vision_encoder.py"
 FEATURE_CACHE = "flamingo_blocks/data/feature_cache.py"
+EXAMPLES = "flamingo_blocks/data/examples.py"
+PACKING = "flamingo_blocks/data/packing.py"
+COLLATE = "flamingo_blocks/data/collate.py"
 
 MUTANTS = [
     Mutant(
@@ -2019,6 +2023,150 @@ MUTANTS = [
         "tests/convert/test_open_flamingo.py::test_names_of_otters_resampler_are_known",
     ),
     Mutant(
+        "An example is a window of its document, with the media of its <image> tokens",
+        "the media are counted from the document's beginning",
+        EXAMPLES,
+        "document.media[first_medium : first_medium + int(is_image.sum())]",
+        "document.media[: int(is_image.sum())]",
+        "tests/data/test_examples.py::test_an_example_is_a_window_of_its_document",
+    ),
+    Mutant(
+        "An example is a window of its document, with the media of its <image> tokens",
+        "what comes before a window is not counted",
+        EXAMPLES,
+        "room = self.max_tokens - len(self._before)",
+        "room = self.max_tokens",
+        "tests/data/test_examples.py::test_an_example_is_a_window_of_its_document",
+    ),
+    Mutant(
+        "An example is a window of its document, with the media of its <image> tokens",
+        "the first token has a label, though nothing comes before it",
+        EXAMPLES,
+        "labels[: max(len(self._before), 1)] = IGNORED",
+        "labels[: len(self._before)] = IGNORED",
+        "tests/data/test_examples.py::test_an_example_is_a_window_of_its_document",
+    ),
+    Mutant(
+        "An example is a window of its document, with the media of its <image> tokens",
+        "<EOC> stands before a medium that the document begins with",
+        EXAMPLES,
+        "[self._end_of_chunk_id, image_id] if segments else [image_id]",
+        "[self._end_of_chunk_id, image_id]",
+        "tests/data/test_examples.py::test_an_example_is_a_window_of_its_document",
+    ),
+    Mutant(
+        "Windows and placements are as probable as asked",
+        "the last window is never taken",
+        EXAMPLES,
+        "torch.randint(max(len(ids) - room, 0) + 1, ()",
+        "torch.randint(max(len(ids) - room, 1), ()",
+        "tests/data/test_examples.py::test_windows_and_placements_are_equally_probable",
+    ),
+    Mutant(
+        "Windows and placements are as probable as asked",
+        "text looks for the next medium where it should for the last",
+        EXAMPLES,
+        "generator=generator) < self.p_next",
+        "generator=generator) > self.p_next",
+        "tests/data/test_examples.py::test_windows_and_placements_are_equally_probable",
+    ),
+    Mutant(
+        "Text that spells special tokens is text",
+        "the tokenizer is not told so",
+        EXAMPLES,
+        '"split_special_tokens": True',
+        '"split_special_tokens": False',
+        "tests/data/test_examples.py::test_text_that_spells_special_tokens_is_text",
+    ),
+    Mutant(
+        "Text is tokenized as for generating",
+        "each part is tokenized for itself",
+        EXAMPLES,
+        "            if self._special_among(ids) == wanted:\n                return ids\n",
+        "",
+        "tests/data/test_examples.py::test_text_is_tokenized_as_for_generating",
+    ),
+    Mutant(
+        "Media are read as the processor reads them",
+        "all frames of a video are taken",
+        READING,
+        "fps=fps, max_frames=max_frames)",
+        "fps=fps)",
+        "tests/data/test_examples.py::test_media_are_read_as_the_processor_reads_them",
+    ),
+    Mutant(
+        "Rows hold all examples in order",
+        "what did not fit is forgotten",
+        PACKING,
+        "                break\n",
+        "                self.held = None\n                break\n",
+        "tests/data/test_packing.py::test_rows_hold_all_examples_in_order_and_begin_with_what_did_not_fit",
+    ),
+    Mutant(
+        "Rows hold all examples in order",
+        "a row is never quite full",
+        PACKING,
+        "sum(map(len, row)) <= self.length and",
+        "sum(map(len, row)) < self.length + (len(row) == 1) and",
+        "tests/data/test_packing.py::test_rows_hold_all_examples_in_order_and_begin_with_what_did_not_fit",
+    ),
+    Mutant(
+        "Packing goes on from what is held",
+        "what is held is looked at only once there is nothing else",
+        PACKING,
+        "next(examples, None) if self.held is None else self.held",
+        "next(examples, self.held)",
+        "tests/data/test_packing.py::test_packing_goes_on_from_what_is_held",
+    ),
+    Mutant(
+        "A batch holds each token and medium at its place",
+        "media are counted from each document's beginning",
+        COLLATE,
+        "example.media_ranges + before, 0",
+        "example.media_ranges, 0",
+        "tests/data/test_collate.py::test_a_batch_holds_each_token_and_medium_at_its_place",
+    ),
+    Mutant(
+        "A batch holds each token and medium at its place",
+        "a token without media sees those before its document",
+        COLLATE,
+        "torch.where(sees_something, example.media_ranges + before, 0)",
+        "example.media_ranges + before",
+        "tests/data/test_collate.py::test_ranges_are_those_of_packed_documents",
+    ),
+    Mutant(
+        "Packed equals unpacked",
+        "positions run on through the row",
+        COLLATE,
+        "torch.cat([torch.arange(count) for count in lengths])",
+        "torch.arange(sum(lengths))",
+        "tests/data/test_collate.py::test_packed_equals_unpacked",
+    ),
+    Mutant(
+        "Packed equals unpacked",
+        "a cache is asked for, with which transformers does not look for documents",
+        COLLATE,
+        '        batch["use_cache"] = False\n',
+        "",
+        "tests/data/test_collate.py::test_packed_equals_unpacked",
+    ),
+    Mutant(
+        "A batch of text runs the resampler",
+        "it has no padding medium",
+        COLLATE,
+        "max(1, *map(len, rows)), dtype",
+        "max(map(len, rows)), dtype",
+        "tests/data/test_collate.py::test_a_batch_of_text_runs_the_resampler_and_changes_nothing",
+    ),
+    Mutant(
+        "It is known which models separate documents",
+        "what leaks is held for rounding",
+        COLLATE,
+        "for left, all_of_it in (leaks, errors)",
+        "for left, all_of_it in ((logits[0] * 0, logits[0]) for logits in (leaks, errors))",
+        "tests/data/test_collate.py::test_it_is_known_which_models_separate_documents",
+    ),
+    Mutant(
         "a stale cache is an error that says what differs",
         "only names and shapes of weights count",
         FEATURE_CACHE,
@@ -2445,9 +2593,9 @@ MUTANTS = [
     Mutant(
         "too many corrupt samples stop the run",
         "the limit is never reached",
-        MIXTURE,
-        "self.corrupt > self.max_corrupt * self.read",
-        "self.corrupt > self.read",
+        SOURCE,
+        "corrupt > max_corrupt * read:",
+        "corrupt > read:",
         "tests/data/test_mixture.py::test_too_many_corrupt_samples_stop_the_run",
     ),
 ]

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,50 @@ def media_ranges(media_locations: list[bool], document_ids: list[int], attend: s
             seen = after[:1]
         ranges.append((seen[0], seen[-1] + 1) if seen else (0, 0))
     return ranges
+
+
+class Window(NamedTuple):
+    """An example, as lists; media are told by the places of their parts."""
+
+    input_ids: list[int]
+    labels: list[int]
+    media_ranges: list[tuple[int, int]]
+    media: list[int]
+
+
+def windows(
+    parts: list[list[int] | None],
+    *,
+    image: int,
+    end_of_chunk: int,
+    before: list[int],
+    max_tokens: int,
+    max_media: int,
+    attend: str,
+) -> list[Window]:
+    """All windows that a document may be seen through; its parts are texts, or None for a medium."""
+    tokens: list[tuple[int, int]] = []  # id, and the part that it is of
+    for place, part in enumerate(parts):
+        if part is None:
+            tokens += ([(end_of_chunk, -1)] if place else []) + [(image, place)]
+        else:
+            tokens += [(word, place) for word in part]
+    tokens.append((end_of_chunk, -1))
+    length = max_tokens - len(before)
+    found = []
+    for start in range(max(1, len(tokens) - length + 1)):
+        ids, labels = list(before), [-100] * len(before)
+        media: list[int] = []
+        for token, place in tokens[start : start + length]:
+            if token == image:
+                if len(media) == max_media:
+                    continue
+                media.append(place)
+            labels.append(token if ids and token != image else -100)
+            ids.append(token)
+        ranges = media_ranges([token == image for token in ids], [0] * len(ids), attend)
+        found.append(Window(ids, labels, ranges, media))
+    return found
 
 
 def attend_to_media(queries: Tensor, media: KeyValues, ranges: Tensor) -> Tensor:

@@ -58,6 +58,7 @@ LAYERS = [
     "convert.__main__",
     "data.document",
     "data.source",
+    "data.reading",
     "data.examples",
     "data.packing",
     "data.collate",

@@ -7,7 +7,8 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import groupby, islice
+from functools import partial
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from flamingo_blocks.blocks import Attend, media_ranges
 from flamingo_blocks.data.document import Document, Medium
+from flamingo_blocks.data.reading import read_medium
 
 IGNORED = -100  # no loss at labels of this number, as everywhere in torch and transformers
 
@@ -89,9 +91,9 @@ class ExampleMaker:
         self.max_media = max_media
         self.p_next = p_next
         self.attend: Attend = attend
-        self.fps = fps
-        self.max_frames = max_frames
-        self.load = self._read if load is None else load
+        if load is None:
+            load = partial(read_medium, image_processor=processor.image_processor, fps=fps, max_frames=max_frames)
+        self.load = load
         self._end_of_chunk_id = int(tokenizer.convert_tokens_to_ids(processor.end_of_chunk_token))
         added = getattr(tokenizer, "added_tokens_decoder", {})
         special = {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
@@ -187,16 +189,6 @@ class ExampleMaker:
 
     def _special_among(self, ids: Sequence[int]) -> list[int]:
         return [i for i in ids if i in self._special_ids]
-
-    def _read(self, medium: Medium) -> Float[Tensor, "frames channels height width"]:
-        """Read an image, or the first frames of a video, and transform them."""
-        from flamingo_blocks.video import VideoFile  # it imports what reads images
-
-        if medium.kind == "image":
-            frames = [("an image", medium.open())]
-            return self.processor.image_processor.transform(frames)
-        shown = islice(VideoFile(medium.open()).frames(fps=self.fps), self.max_frames)
-        return self.processor.image_processor.transform((f"frame {i}", frame) for i, frame in enumerate(shown))
 
 
 def _put_before(tokenizer: Any) -> list[int]:

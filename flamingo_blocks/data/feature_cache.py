@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +20,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from flamingo_blocks.data.document import CorruptSample, Document, Medium
+from flamingo_blocks.data.reading import read_medium
+from flamingo_blocks.data.source import check_corrupt
 
 logger = logging.getLogger(__name__)
 
 _FORMAT = 1
-# So many media are read before the share of corrupt ones is judged.
-_MEDIA_TO_JUDGE = 100
 
 
 class FeatureCache:
@@ -198,7 +197,7 @@ def write_feature_cache(
             return medium
         try:
             key = _key(medium)
-            return key, None if key in known else _load_pixels(medium, image_processor, fps, max_frames)
+            return key, None if key in known else read_medium(medium, image_processor, fps=fps, max_frames=max_frames)
         except (ValueError, OSError) as error:
             return CorruptSample(_name(medium), f"{type(error).__name__}: {error}")
 
@@ -215,11 +214,7 @@ def write_feature_cache(
         if isinstance(found, CorruptSample):
             corrupt.append(found)
             logger.warning("skipped %s: %s", found.key, found.error)
-            if read >= _MEDIA_TO_JUDGE and len(corrupt) > max_corrupt * read:
-                raise RuntimeError(
-                    f"{len(corrupt)} of {read} media are corrupt, more than the share of max_corrupt={max_corrupt}; "
-                    f"the last one is {found.key}: {found.error}"
-                )
+            check_corrupt("media", len(corrupt), read, max_corrupt=max_corrupt, last=found)
             continue
         key, pixels = found
         if pixels is None or key in known:
@@ -362,17 +357,6 @@ def _media(items: Iterable[Medium | Document | CorruptSample]) -> Iterator[Mediu
             yield item
         else:
             raise ValueError(f"media must be Medium or Document objects, got {type(item).__name__}")
-
-
-def _load_pixels(
-    medium: Medium, image_processor: Any, fps: int | float, max_frames: int
-) -> Float[Tensor, "frames channels height width"]:
-    if medium.kind == "image":
-        return image_processor.transform([("image", medium.open())])
-    from flamingo_blocks.video import VideoFile
-
-    frames = islice(VideoFile(medium.open()).frames(fps=fps), max_frames)
-    return image_processor.transform((f"frame {i}", frame) for i, frame in enumerate(frames))
 
 
 def _ahead(load: Callable[[Any], Any], media: Iterable[Any], threads: int) -> Iterator[Any]:

@@ -16,13 +16,10 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from flamingo_blocks.data.document import CorruptSample
 from flamingo_blocks.data.examples import Example
 from flamingo_blocks.data.packing import Packer
-from flamingo_blocks.data.source import Source
+from flamingo_blocks.data.source import Source, check_corrupt
 from flamingo_blocks.data.stream import Position, Stream, derive_seed
 
 logger = logging.getLogger(__name__)
-
-# So many samples of a dataset are read before the share of corrupt ones is judged.
-_SAMPLES_TO_JUDGE = 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +34,7 @@ class MixtureDataset:
         batch_size: Rows of a batch, for each process.
         weight: Of its loss, lambda in the paper.
         row_length: Tokens of a row, into which documents are packed. None: each document is a row of its own.
+        row_media: The most media of such a row, which bounds the memory that they take. None: any number.
         shuffle: Whether to shuffle the documents.
         buffer: How many documents of a shard are held for shuffling.
 
@@ -50,6 +48,7 @@ class MixtureDataset:
     batch_size: int
     weight: float = 1.0
     row_length: int | None = None
+    row_media: int | None = None
     shuffle: bool = True
     buffer: int = 1000
 
@@ -217,7 +216,7 @@ class Mixture:
         return {
             "datasets": {dataset.name: len(dataset.source) for dataset in self.datasets},
             "batch sizes": [dataset.batch_size for dataset in self.datasets],
-            "row lengths": [dataset.row_length for dataset in self.datasets],
+            "row lengths": [[dataset.row_length, dataset.row_media] for dataset in self.datasets],
             "seed": self.seed,
             "workers": self.workers,
             "rank": self.rank,
@@ -302,7 +301,7 @@ class _Rows:
         )
         self.seed = seed
         self.max_corrupt = max_corrupt
-        self.packer = None if dataset.row_length is None else Packer(dataset.row_length)
+        self.packer = None if dataset.row_length is None else Packer(dataset.row_length, max_media=dataset.row_media)
         self.read, self.corrupt = progress.read, progress.corrupt
         self.skipped: list[CorruptSample] = []
         self.before_last = progress  # of the last example that was made
@@ -344,11 +343,8 @@ class _Rows:
     def _skip(self, sample: CorruptSample) -> None:
         self.corrupt += 1
         self.skipped.append(sample)
-        if self.read >= _SAMPLES_TO_JUDGE and self.corrupt > self.max_corrupt * self.read:
-            raise RuntimeError(
-                f"{self.corrupt} of {self.read} samples of {self.dataset.name} are corrupt, more than the share of "
-                f"max_corrupt={self.max_corrupt}; the last one is {sample.key}: {sample.error}"
-            )
+        what = f"samples of {self.dataset.name}"
+        check_corrupt(what, self.corrupt, self.read, max_corrupt=self.max_corrupt, last=sample)
 
 
 def _place(rank: int | None, world_size: int | None) -> tuple[int, int]:

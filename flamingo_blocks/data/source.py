@@ -78,3 +78,23 @@ def read_one(read: Callable[[], Document], *, key: str) -> Document | CorruptSam
     except Exception as error:  # of many kinds: samples are of anybody's making
         return CorruptSample(key, f"{type(error).__name__}: {error}")
     return document
+
+
+def check_corrupt(what: str, corrupt: int, read: int, *, max_corrupt: float, last: CorruptSample) -> None:
+    """Stop where too many samples are corrupt. It is judged from the hundredth one on.
+
+    Args:
+        what: Names the samples.
+        corrupt: How many of them cannot be read.
+        read: How many there were.
+        max_corrupt: The share of them that may be corrupt.
+        last: The last one of them.
+
+    Raises:
+        RuntimeError: If there are more.
+    """
+    if read >= 100 and corrupt > max_corrupt * read:
+        raise RuntimeError(
+            f"{corrupt} of {read} {what} are corrupt, more than the share of max_corrupt={max_corrupt}; the last one is "
+            f"{last.key}: {last.error}"
+        )
