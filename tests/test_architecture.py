@@ -56,6 +56,7 @@ LAYERS = [
     "convert.mllama",
     "convert.__main__",
     "data.document",
+    "data.html",
     "data.source",
     "data.examples",
     "data.packing",
