@@ -132,9 +132,7 @@ def open_data(words: Sequence[str]) -> Sources:
             known = ", ".join(f"{kind} in {form}" for kind, form in SOURCES)
             raise ValueError(f"--data {word}: cannot read {kind} in {form}; known are {known}")
         try:
-            numbers = {
-                key: float(settings.pop(key)) for key in ("weight", "batch_size", "row_length") if key in settings
-            }
+            numbers: dict[str, float] = {key: float(settings.pop(key)) for key in NUMBERS if key in settings}
         except ValueError as error:
             raise ValueError(f"--data {word}: {error}") from error
         if settings or not path:

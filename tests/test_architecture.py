@@ -57,6 +57,7 @@ LAYERS = [
     "convert.mllama",
     "convert.__main__",
     "data.document",
+    "data.html",
     "data.source",
     "data.reading",
     "data.examples",

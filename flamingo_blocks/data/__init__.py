@@ -7,6 +7,7 @@ from flamingo_blocks.data.collate import collate, separates_documents
 from flamingo_blocks.data.document import CorruptSample, Document, Medium
 from flamingo_blocks.data.examples import Example, ExampleMaker
 from flamingo_blocks.data.feature_cache import CacheReport, FeatureCache, write_feature_cache
+from flamingo_blocks.data.html import FolderResolver, document_from_html
 from flamingo_blocks.data.interleaved import document_from_mmc4, document_from_obelics
 from flamingo_blocks.data.mixture import Mixture, MixtureDataset
 from flamingo_blocks.data.packing import Packer
@@ -23,6 +24,8 @@ __all__ = [
     "Example",
     "ExampleMaker",
     "FeatureCache",
+    "FolderResolver",
+    "FolderResolver",
     "IndexedSource",
     "JsonLinesSource",
     "Medium",
@@ -36,6 +39,7 @@ __all__ = [
     "Stream",
     "TarSource",
     "collate",
+    "document_from_html",
     "document_from_mmc4",
     "document_from_obelics",
     "document_from_pair",

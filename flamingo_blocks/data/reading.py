@@ -25,10 +25,8 @@ def read_medium(
     Source: Alayrac et al. 2022, section 2.1 (one frame per second, 8 frames in training).
     """
     if medium.kind == "image":
-        pixels: Tensor = image_processor.transform([("image", medium.open())])
-        return pixels
+        return image_processor.transform([("image", medium.open())])
     from flamingo_blocks.video import VideoFile
 
     frames = VideoFile(medium.open()).frames(fps=fps, max_frames=max_frames)
-    pixels = image_processor.transform((f"frame {i}", frame) for i, frame in enumerate(frames))
-    return pixels
+    return image_processor.transform((f"frame {i}", frame) for i, frame in enumerate(frames))

@@ -95,6 +95,6 @@ def check_corrupt(what: str, corrupt: int, read: int, *, max_corrupt: float, las
     """
     if read >= 100 and corrupt > max_corrupt * read:
         raise RuntimeError(
-            f"{corrupt} of {read} {what} are corrupt, more than the share of max_corrupt={max_corrupt}; the last one is "
-            f"{last.key}: {last.error}"
+            f"{corrupt} of {read} {what} are corrupt, more than the share of max_corrupt={max_corrupt}; the last one "
+            f"is {last.key}: {last.error}"
         )
