@@ -25,7 +25,6 @@ __all__ = [
     "ExampleMaker",
     "FeatureCache",
     "FolderResolver",
-    "FolderResolver",
     "IndexedSource",
     "JsonLinesSource",
     "Medium",
