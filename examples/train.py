@@ -83,6 +83,7 @@ DEFAULTS = {
     "weight_decay": 0.1,
     "logging_steps": 10,
     "save_total_limit": 2,
+    "ddp_find_unused_parameters": False,  # each batch uses them all
 }
 # Those of the demonstration, which is to learn something in 100 steps.
 TINY_DEFAULTS = DEFAULTS | {"learning_rate": 3e-3, "warmup_steps": 10}

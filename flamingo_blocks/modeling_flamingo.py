@@ -112,6 +112,8 @@ class FlamingoForConditionalGeneration(FlamingoGenerationMixin, PreTrainedModel)
         resampler: `PerceiverResampler`, or what `config.resampler` names.
         injector: `LMLayerInjector`; its `blocks` are the gated cross-attention blocks.
         new_tokens: `NewTokens`, or None if the language model knows all tokens.
+        always_encodes: Whether a batch without any media runs the vision encoder and the resampler, too, on a frame of
+            zeros. Processes that share a model, or its gradients, need it to keep in step; `FlamingoTrainer` sets it.
 
     Raises:
         ValueError: If the parts do not fit together.
@@ -205,6 +207,7 @@ class FlamingoForConditionalGeneration(FlamingoGenerationMixin, PreTrainedModel)
         self.injector.inject(layers)
         if self.new_tokens is not None:
             self.new_tokens.inject(lm)
+        self.always_encodes = False
         self._lm_arguments = _argument_names(lm.forward)
         self._cache_name = next((name for name in CACHE_NAMES if name in self._lm_arguments), CACHE_NAMES[0])
         self.generation_config = copy.deepcopy(lm.generation_config)
@@ -525,9 +528,12 @@ class FlamingoForConditionalGeneration(FlamingoGenerationMixin, PreTrainedModel)
     ) -> tuple[Tensor, Tensor]:
         """Give latents, and the number of media of each row on the host; also where there are none."""
         frames = pixel_values if vision_features is None else vision_features
-        nothing = next(self.injector.parameters()).new_zeros(batch, 0, 1, self.resampler.dim)
+        if self.always_encodes and (frames is None or frames.shape[1] == 0):
+            shape = (self.vision_encoder.channels, *self.vision_encoder.image_size)
+            frames = pixel_values = torch.zeros(batch, 1, 1, *shape, device=self.device)
+            vision_features, num_frames = None, torch.zeros(batch, 1, dtype=torch.long)
         if frames is None or frames.shape[1] == 0:
-            return nothing, torch.zeros(batch, dtype=torch.long, device="cpu")
+            return self._no_media(batch), torch.zeros(batch, dtype=torch.long, device="cpu")
         if frames.shape[0] != batch:  # not len(), which export would take for a constant
             raise ValueError(
                 f"the media have {frames.shape[0]} rows, but the text {batch}; give every row its own media"
@@ -539,9 +545,12 @@ class FlamingoForConditionalGeneration(FlamingoGenerationMixin, PreTrainedModel)
         else:
             num_frames = num_frames.cpu()  # read once
             num_media = (num_frames > 0).sum(1)
-            if not self.training and not num_media.any():
-                return nothing, num_media
+            if not (self.training or self.always_encodes or num_media.any()):
+                return self._no_media(batch), num_media
         return self.encode_media(pixel_values, num_frames, vision_features=vision_features), num_media
+
+    def _no_media(self, batch: int) -> Tensor:
+        return next(self.injector.parameters()).new_zeros(batch, 0, 1, self.resampler.dim)
 
     # ------------------------------------------------------------ what transformers asks of a model
 

@@ -119,6 +119,7 @@ class FlamingoTrainer(Trainer):
                 f"one process cannot train on {args.n_gpu} devices here; start one process a device, with torchrun "
                 "or accelerate launch"
             )
+        _flamingo(model).always_encodes = self.accelerator.num_processes > 1
         if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
             self._prepare_for_fsdp()
 
@@ -139,7 +140,7 @@ class FlamingoTrainer(Trainer):
         """Read the batches of a step, and count the tokens of each over all processes."""
         batches = [next(epoch_iterator) for _ in range(num_batches)]
         for batch in batches:
-            _check_batch(batch, num_processes=self.accelerator.num_processes)
+            _check_batch(batch)
         counts = torch.stack([(batch["labels"][:, 1:] != -100).sum() for batch in batches]).to(device)
         counts = self.accelerator.reduce(counts, reduction="sum")
         self._num_tokens += counts.sum()
@@ -156,7 +157,7 @@ class FlamingoTrainer(Trainer):
         model: nn.Module,
         inputs: dict[str, Any],
         return_outputs: bool = False,
-        num_items_in_batch: Any = None,
+        num_items_in_batch: Any = None,  # noqa: ARG002
     ) -> Any:
         """Give this batch's share of the step's loss: lambda * its sum over the number of all processes' tokens.
 
@@ -186,7 +187,7 @@ class FlamingoTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the datasets' losses and the gates beside the loss of training."""
         if "loss" in logs:
-            logs = logs | self._dataset_logs() | gates(self.model)
+            logs = logs | self._dataset_logs() | gates(_flamingo(self.model))
         if self.state.max_steps > 0:
             # What the Trainer has counts from the last resumption.
             self.state.epoch = self.state.global_step / self.state.max_steps
@@ -203,26 +204,27 @@ class FlamingoTrainer(Trainer):
 
     # ------------------------------------------------------------ checkpoints
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **options: Any) -> Any:
         """Train, or go on where a checkpoint was written.
 
         Args:
             resume_from_checkpoint: A checkpoint's path, or True for the last one in `output_dir`.
+            *args: As for any Trainer.
             **options: As for any Trainer.
 
         Raises:
             ValueError: If the checkpoint does not tell where this process' stream of data stood.
         """
-        unfinished = Path(self.args.output_dir, UNFINISHED)
+        unfinished = Path(self._get_output_dir(None)) / UNFINISHED
         if self.args.should_save and unfinished.exists():  # of a process that was killed
             shutil.rmtree(unfinished)
         self.accelerator.wait_for_everyone()
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True
+            resume_from_checkpoint = get_last_checkpoint(str(unfinished.parent)) or True
         if isinstance(resume_from_checkpoint, str | Path) and self.loader is not None:
             resume_from_checkpoint = str(resume_from_checkpoint)
             self._load_stream(Path(resume_from_checkpoint))
-        return super().train(resume_from_checkpoint, **options)
+        return super().train(resume_from_checkpoint, *args, **options)
 
     def _load_stream(self, checkpoint: Path) -> None:
         assert self.loader is not None
@@ -304,8 +306,8 @@ class FlamingoTrainer(Trainer):
         if not self.accelerator.is_fsdp2:
             raise ValueError(
                 f"FSDP was asked for, but accelerate would run {self.accelerator.distributed_type.value} on "
-                f"{self.accelerator.device.type} instead of its version 2; start several processes with a GPU each, with "
-                "fsdp_version 2, or leave FSDP out"
+                f"{self.accelerator.device.type} instead of its version 2; start several processes with a GPU each, "
+                "with fsdp_version 2, or leave FSDP out"
             )
         plugin: Any = self.accelerator.state.fsdp_plugin
         if plugin.activation_checkpointing:
@@ -317,9 +319,10 @@ class FlamingoTrainer(Trainer):
             plugin.transformer_cls_names_to_wrap = units(_flamingo(self.model))
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        prepared = super()._prepare_for_training(*args, **kwargs)
+        parent: Any = super()
+        prepared = parent._prepare_for_training(*args, **kwargs)
         if self.is_fsdp_enabled:
-            prepare_for_generation(self.model)
+            prepare_for_generation(_flamingo(self.model))
         return prepared
 
 
@@ -330,15 +333,16 @@ def prepare_for_generation(model: nn.Module) -> None:
     `FlamingoTrainer.train` does this by itself.
 
     Args:
-        model: A Flamingo after `fully_shard`, or accelerate's `prepare`. One that is not sharded is left as it is.
+        model: A Flamingo after `fully_shard`, or accelerate's `prepare`.
     """
     flamingo = _flamingo(model)
+    flamingo.always_encodes = True
+    module: Any
     for module in (flamingo, *flamingo.injector.blocks.values()):
         for method in ("generate", "encode_media", "project_media"):
             if isinstance(module, FSDPModule) and hasattr(module, method):
-                register_fsdp_forward_method(module, method)
-    if isinstance(flamingo, FSDPModule):
-        flamingo._is_fsdp_managed_module = True  # by which transformers keeps the processes in step
+                register_fsdp_forward_method(module, method)  # type: ignore[arg-type]
+    flamingo._is_fsdp_managed_module = True  # by which transformers keeps the processes in step
 
 
 def units(model: FlamingoForConditionalGeneration) -> list[str]:
@@ -372,7 +376,7 @@ def gates(model: nn.Module) -> dict[str, float]:
     return values
 
 
-def _flamingo(model: nn.Module) -> Any:
+def _flamingo(model: Any) -> Any:
     """Find the Flamingo inside of what wraps it."""
     found = next((module for module in model.modules() if isinstance(module, FlamingoForConditionalGeneration)), None)
     if found is None:
@@ -401,15 +405,10 @@ def _check_steps(args: TrainingArguments, loader: TrainingLoader) -> None:
         )
 
 
-def _check_batch(batch: dict[str, Any], *, num_processes: int) -> None:
+def _check_batch(batch: dict[str, Any]) -> None:
     for name in ("dataset", "loss_weight", "labels"):
         if name not in batch:
             raise ValueError(f"a batch must have {name!r}, got {sorted(batch)}")
-    if num_processes > 1 and batch.get("pixel_values") is None and batch.get("vision_features") is None:
-        raise ValueError(
-            f"a batch of {batch['dataset']!r} has no media at all: the other processes would wait for this one's "
-            "resampler; give it one padding medium, with num_frames of 0"
-        )
 
 
 def _publish(written: Path, final: Path) -> None:

@@ -83,6 +83,7 @@ FEATURE_CACHE = "flamingo_blocks/data/feature_cache.py"
 EXAMPLES = "flamingo_blocks/data/examples.py"
 PACKING = "flamingo_blocks/data/packing.py"
 COLLATE = "flamingo_blocks/data/collate.py"
+TRAINING = "flamingo_blocks/training.py"
 
 MUTANTS = [
     Mutant(
@@ -2021,6 +2022,70 @@ MUTANTS = [
         'sub(r"\\1.1.", rest)',
         'sub(r"\\1.0.", rest)',
         "tests/convert/test_open_flamingo.py::test_names_of_otters_resampler_are_known",
+    ),
+    Mutant(
+        "accumulated gradients are those of the joint loss",
+        "they are the sum over rounds, not the mean",
+        TRAINING,
+        "self.accelerator.num_processes / rounds)",
+        "self.accelerator.num_processes)",
+        "tests/test_training.py::test_accumulated_gradients_are_those_of_the_joint_loss",
+    ),
+    Mutant(
+        "accumulated gradients are those of the joint loss",
+        "labels of first tokens, which nothing predicts, are counted",
+        TRAINING,
+        'batch["labels"][:, 1:] != -100',
+        'batch["labels"] != -100',
+        "tests/test_training.py::test_accumulated_gradients_are_those_of_the_joint_loss",
+    ),
+    Mutant(
+        "a batch without any label counts nothing",
+        "its sum is divided by zero",
+        TRAINING,
+        "counts.clamp(min=1).unbind()",
+        "counts.unbind()",
+        "tests/test_training.py::test_a_batch_without_any_label_counts_nothing",
+    ),
+    Mutant(
+        "text alone reaches every trained weight of processes that keep in step",
+        "it runs neither the vision encoder nor the resampler",
+        MODELING,
+        "if self.always_encodes and (frames",
+        "if False and (frames",
+        "tests/test_training.py::test_text_alone_reaches_every_trained_weight_of_processes_that_keep_in_step",
+    ),
+    Mutant(
+        "a resumed run is the uninterrupted one, bit for bit",
+        "its stream of data begins anew",
+        TRAINING,
+        'self.loader.load_state_dict(saved["stream"])',
+        "pass",
+        "tests/test_training.py::test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit",
+    ),
+    Mutant(
+        "a run that is resumed at its end does nothing",
+        "it takes one more step",
+        TRAINING,
+        "return (1, *values[1:])",
+        "return values",
+        "tests/test_training.py::test_a_run_that_is_resumed_at_its_end_does_nothing",
+    ),
+    Mutant(
+        "a full disk leaves the last checkpoint whole",
+        "a checkpoint gets its name before all of it is there",
+        TRAINING,
+        "        self._unfinished = run / UNFINISHED\n        written = self._unfinished / name\n",
+        "        written = run / name\n",
+        "tests/test_training.py::test_a_full_disk_leaves_the_last_checkpoint_whole",
+    ),
+    Mutant(
+        "the best checkpoint is known by its name",
+        "it is known by where it was written",
+        TRAINING,
+        "self.state.best_model_checkpoint = str(run / name)",
+        "pass",
+        "tests/test_training.py::test_the_best_checkpoint_is_known_by_its_name_and_kept",
     ),
     Mutant(
         "An example is a window of its document, with the media of its <image> tokens",

@@ -166,7 +166,7 @@ class GatedCrossAttentionBlock(nn.Module):
                 f"hidden_states must have shape (batch, text, dim={self.dim}), got {tuple(hidden_states.shape)}"
             )
         if not isinstance(media, KeyValues):
-            # The class' own: what gathers a module's weights for calls from outside, and frees them, is not for this one.
+            # The class' own: what FSDP2 puts around it frees the weights again, which are still needed here.
             media = type(self).project_media(self, media)
         hidden_states = hidden_states + self.attend(hidden_states, media, runs)
         update = self.feed_forward(self.norm_feed_forward(hidden_states.to(self._dtype)))
