@@ -1,6 +1,10 @@
 """examples/train.py trains on what it is given, and a run that was interrupted goes on with --resume."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,6 +23,7 @@ from flamingo_blocks.training import FlamingoTrainer
 from tests.tiny_flamingo import make_tokenizer
 from tests.tiny_language_models import make_lm
 
+ROOT = Path(__file__).parents[1]
 QUICK = ["--use_cpu", "--disable_tqdm", "true", "--logging_steps", "1"]
 
 
@@ -40,7 +45,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = [{"image": f"{name}.jpg", "text": f"w1{i} w2{i}"} for i, name in enumerate(names)]
     (root / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     photos = [Medium("image", root / f"{name}.jpg") for name in names]
-    write_shards([Document(("w30", photos[0], "w31", photos[1], "w32 w33"), key="page")], root / "pages")
+    pages = [Document((f"w3{i}", photos[0], "w41", photos[1], "w42 w43"), key=f"page {i}") for i in range(2)]
+    write_shards(pages, root / "pages", per_shard=1)
     (root / "text.jsonl").write_text('{"text": "w40 w41 w42"}\n{"text": "w43 w44"}\n')
     return root
 
@@ -124,9 +130,40 @@ def test_every_kind_of_data_is_read(files: Path) -> None:
     texts = {name: [d.text for d in islice(source.read(0), 5)] for name, (source, _) in sources.items()}  # type: ignore[union-attr]
     assert texts == {
         "pairs": ["flower", "temple"],
-        "a": ["w30w31w32 w33"],
+        "a": ["w30w41w42 w43"],
         "text": ["w40 w41 w42", "w43 w44"],
     }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharding", [[], ["--fsdp", "full_shard", "--fsdp_config", '{"version": 2}']], ids=["ddp", "fsdp2"])
+def test_two_processes_train_as_one_with_batches_of_twice_the_size(
+    sharding: list[str], files: Path, tmp_path: Path
+) -> None:
+    def words(rows: int) -> list[str]:
+        data = [f"pairs={files / 'pairs.jsonl'},weight=0.2,batch_size={rows}"]
+        data += [f"pages={files / 'pages'},kind=documents,batch_size={rows}"]
+        data += [f"text={files / 'text.jsonl'},weight=0.1,batch_size={rows}"]
+        return [*QUICK, *options_for(files)[:4], "--data", *data, "--max_steps", "4", "--save_steps", "2"]
+
+    train.main([*words(2), "--output_dir", str(tmp_path / "one")])
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += ["-m", "tests.distributed_example", *words(1), "--output_dir", str(tmp_path / "two"), *sharding]
+    path = os.pathsep.join([str(ROOT), str(ROOT / "examples")])
+    for resume in ([], ["--resume"]):
+        environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+        result = subprocess.run([*command, *resume], cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        for expected, found in zip(
+            logs(tmp_path / "one" / "checkpoint-4"), logs(tmp_path / "two" / "checkpoint-4"), strict=True
+        ):
+            assert found == pytest.approx(expected, rel=1e-4, abs=1e-5)
+            assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        whole = FlamingoForConditionalGeneration.from_pretrained(tmp_path / "two" / "model")
+        alone = FlamingoForConditionalGeneration.from_pretrained(tmp_path / "one" / "model")
+        for name, parameter in whole.named_parameters():
+            torch.testing.assert_close(parameter, alone.get_parameter(name), rtol=1e-3, atol=1e-5)
+        shutil.rmtree(tmp_path / "two" / "checkpoint-4")
 
 
 @pytest.mark.parametrize(
