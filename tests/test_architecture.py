@@ -67,6 +67,7 @@ LAYERS = [
     "",
 ]
 MAY_ALSO_IMPORT = {
+    "data.html": {"selectolax"},
     "language": {"transformers"},
     "vision": {"timm"},
     "configuration_flamingo": {"huggingface_hub", "transformers"},

@@ -43,7 +43,7 @@ _LENGTH = re.compile(r"\s*+([0-9]{1,6})(?:\.[0-9]*+)?\s*+(?:px)?\s*+", re.IGNORE
 _CANDIDATE = re.compile(r"([^\s,]\S*+)(?:(?<=,)|([^,]*+))")  # a comma ends a URL only before white space
 _DESCRIPTOR = re.compile(r"\s*+([0-9]{1,9}(?:\.[0-9]{1,9})?)[wx]")
 _BLANK = b" \t\n\f\r\xef\xbb\xbf"
-_LONGEST_URL = 4096
+_LONGEST_URL = 2048
 _NEAR = 32  # how many nodes beside an image are looked at
 
 # What keeps the parser's time in bounds. Each of its steps may walk through all open elements, so that the number of
@@ -130,7 +130,7 @@ def document_from_html(
         max_image_bytes: A larger image is dropped.
         max_bytes: A longer page is an error, also if it is already decoded (characters are counted then).
         max_tags: A page with more tags and comments is an error. The parser's time may grow with the square of it:
-            hostile pages take up to about five seconds with the default.
+            the worst pages take some seconds with the default, or more if they have tens of thousands of long URLs.
 
     Returns:
         The document. It has no empty text, and no two texts beside each other.

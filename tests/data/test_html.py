@@ -268,8 +268,8 @@ def test_alt_text_follows_its_image() -> None:
         ("<noscript>no<p>no<img src=a></noscript><noscript><img src=b width=1></noscript>", "[a]"),
         ("<b><img src='a b&eacute;.png?q= #f'><img src=' c\n d '>", "[a%20b%C3%A9.png?q=%20][c%20d]"),
         (
-            "<img src='data:image/png;base64,YW\nI'><img src='DATA:image/gif,%41%zz'><img src='data:,x'><img src=data:>",
-            "[ab][A%zz]",
+            "<img src='data:image/png;base64,YW\nI'><img src='DATA:image/gif,%41%z'><img src='data:,x'><img src=data:>",
+            "[ab][A%z]",
         ),
         ("<img src='data:image/png;base64,YWJjZ'><img src='data://[,'><img src='data:image/png,'>", ""),
         ("<div hidden><img src=a></div><img src=b style='display:none'><svg><image href=c></svg>", ""),
@@ -419,7 +419,7 @@ LONG = 1_000_000
 HOSTILE = {
     "deep": "<div>" * 10_000 + "x",
     "deep and closed": "<i>" * 10_000 + "x" + "</i>" * 10_000,
-    "formatting that is opened anew": "<p>" + "".join(f"<b id={i}>" for i in range(10_000)) + "<p>x" * 10_000,
+    "formatting that is opened anew": "<p>" + "".join(f"<b id={i}>" for i in range(1_500)) + "<p>x" * 1_500,
     "attributes": ("<p" + "".join(f" a{i}" for i in range(490)) + ">") * 200 + "x",
     "a long data: URL": f"x<img src='data:image/png;base64,{'A' * LONG}'>",
     "a long srcset": f"x<img srcset='{'a 1w, ' * (LONG // 6)}'>",
@@ -442,4 +442,4 @@ HOSTILE = {
 def test_a_hostile_page_ends(name: str) -> None:
     start = time.monotonic()
     assert "x" in document_from_html(HOSTILE[name], resolve=lambda _: None).text
-    assert time.monotonic() - start < 20
+    assert time.monotonic() - start < 10
