@@ -68,6 +68,7 @@ IDEFICS = "flamingo_blocks/convert/idefics.py"
 ASSEMBLY = "flamingo_blocks/convert/assembly.py"
 FLAMINGO_MINI = "flamingo_blocks/convert/flamingo_mini.py"
 MLLAMA = "flamingo_blocks/convert/mllama.py"
+HTML = "flamingo_blocks/data/html.py"
 DOCUMENT = "flamingo_blocks/data/document.py"
 STREAM = "flamingo_blocks/data/stream.py"
 READING = "flamingo_blocks/data/reading.py"
@@ -2662,6 +2663,62 @@ MUTANTS = [
         "corrupt > max_corrupt * read:",
         "corrupt > read:",
         "tests/data/test_mixture.py::test_too_many_corrupt_samples_stop_the_run",
+    ),
+    Mutant(
+        "A page's text is what a browser shows",
+        "a block does not begin a new line",
+        HTML,
+        "        self._breaks = max(self._breaks, 1)",
+        "        pass",
+        "tests/data/test_html.py::test_a_page_is_read_as_the_standard_library_reads_it",
+    ),
+    Mutant(
+        "Each image is kept each time, and asked for once",
+        "an image is asked for each time",
+        HTML,
+        "if url not in self.resolved:",
+        "if True:",
+        "tests/data/test_html.py::test_each_image_is_kept_once_for_each_time_and_asked_for_once",
+    ),
+    Mutant(
+        "An image is found where a page keeps it",
+        "a <noscript> doubles its image",
+        HTML,
+        'if tag == "noscript" and self._images.replaced_by(node) is not None',
+        'if tag == "noscript" and False',
+        "tests/data/test_html.py::test_an_image_is_found_where_a_page_keeps_it",
+    ),
+    Mutant(
+        "An image is found where a page keeps it",
+        "the smallest candidate is tried",
+        HTML,
+        "        if value > best:",
+        "        if best < 0 or value < best:",
+        "tests/data/test_html.py::test_an_image_is_found_where_a_page_keeps_it",
+    ),
+    Mutant(
+        "Images are found in their folder and nowhere else",
+        "links lead out of the folder",
+        HTML,
+        "if not path.is_relative_to(folder) or not path.is_file()",
+        "if not path.is_file()",
+        "tests/data/test_html.py::test_images_are_found_in_their_folder_and_nowhere_else",
+    ),
+    Mutant(
+        "A hostile page ends",
+        "open formatting is opened anew in each paragraph",
+        HTML,
+        '_FORMATTING.sub(rf"\\1{_MARK}", page)',
+        "page",
+        "tests/data/test_html.py::test_a_hostile_page_ends[formatting that is opened anew]",
+    ),
+    Mutant(
+        "Bytes are decoded as they say",
+        "a page's own charset is not read",
+        HTML,
+        "    meta = _META_CHARSET.search(html, 0, 2048)",
+        "    meta = None",
+        "tests/data/test_html.py::test_bytes_are_decoded_as_they_say",
     ),
 ]
 

@@ -75,6 +75,7 @@ LAYERS = [
     "",
 ]
 MAY_ALSO_IMPORT = {
+    "data.html": {"selectolax"},
     "language": {"transformers"},
     "vision": {"timm"},
     "configuration_flamingo": {"huggingface_hub", "transformers"},

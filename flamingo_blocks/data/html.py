@@ -19,85 +19,19 @@ from flamingo_blocks.data.document import Document, Medium
 Node: TypeAlias = Any  # selectolax's, which is not imported for a signature
 
 # Never text of the page: what is not shown, what is shown by a plugin or a script, and what a user fills in or presses.
-_DROPPED = frozenset(
-    [
-        "applet",
-        "audio",
-        "button",
-        "canvas",
-        "datalist",
-        "dialog",
-        "embed",
-        "frameset",
-        "head",
-        "iframe",
-        "input",
-        "noembed",
-        "noframes",
-        "object",
-        "rp",
-        "script",
-        "select",
-        "style",
-        "svg",
-        "template",
-        "textarea",
-        "title",
-        "video",
-    ]
-)
-_BLOCKS = frozenset(
-    [
-        "address",
-        "article",
-        "aside",
-        "blockquote",
-        "body",
-        "caption",
-        "center",
-        "dd",
-        "details",
-        "dir",
-        "div",
-        "dl",
-        "dt",
-        "fieldset",
-        "figcaption",
-        "figure",
-        "footer",
-        "form",
-        "h1",
-        "h2",
-        "h3",
-        "h4",
-        "h5",
-        "h6",
-        "header",
-        "hgroup",
-        "hr",
-        "html",
-        "legend",
-        "li",
-        "listing",
-        "main",
-        "menu",
-        "nav",
-        "ol",
-        "p",
-        "plaintext",
-        "pre",
-        "search",
-        "section",
-        "summary",
-        "table",
-        "tbody",
-        "tfoot",
-        "thead",
-        "tr",
-        "ul",
-        "xmp",
-    ]
-)
+# fmt: off
+_DROPPED = frozenset([
+    "applet", "audio", "button", "canvas", "datalist", "dialog", "embed", "frameset", "head", "iframe", "input",
+    "noembed", "noframes", "object", "rp", "script", "select", "style", "svg", "template", "textarea", "title",
+    "video",
+])
+_BLOCKS = frozenset([
+    "address", "article", "aside", "blockquote", "body", "caption", "center", "dd", "details", "dir", "div", "dl",
+    "dt", "fieldset", "figcaption", "figure", "footer", "form", "h1", "h2", "h3", "h4", "h5", "h6", "header",
+    "hgroup", "hr", "html", "legend", "li", "listing", "main", "menu", "nav", "ol", "p", "plaintext", "pre",
+    "search", "section", "summary", "table", "tbody", "tfoot", "thead", "tr", "ul", "xmp",
+])
+# fmt: on
 _PREFORMATTED = frozenset(["listing", "plaintext", "pre", "xmp"])
 _LAZY = ("data-src", "data-original", "data-lazy-src", "data-lazy")
 _LAZY_SETS = ("data-srcset", "data-lazy-srcset", "data-original-set")
@@ -106,10 +40,10 @@ _RASTER = frozenset(["", "image/gif", "image/jpeg", "image/jpg", "image/png", "i
 _SPACE = re.compile(r"[ \t\n\f\r]+")  # what HTML collapses: a non-breaking space stays
 _HIDDEN = re.compile(r"(?:^|;)\s*+(?:display\s*+:\s*+none|visibility\s*+:\s*+hidden)\b", re.IGNORECASE)
 _LENGTH = re.compile(r"\s*+([0-9]{1,6})(?:\.[0-9]*+)?\s*+(?:px)?\s*+", re.IGNORECASE)
-_CANDIDATE = re.compile(r"[\s,]*+(\S++)(?:(?<=,)|([^,]*+))")  # a comma ends a URL only before white space
+_CANDIDATE = re.compile(r"([^\s,]\S*+)(?:(?<=,)|([^,]*+))")  # a comma ends a URL only before white space
 _DESCRIPTOR = re.compile(r"\s*+([0-9]{1,9}(?:\.[0-9]{1,9})?)[wx]")
 _BLANK = b" \t\n\f\r\xef\xbb\xbf"
-_LONGEST_URL = 8192
+_LONGEST_URL = 2048
 _NEAR = 32  # how many nodes beside an image are looked at
 
 # What keeps the parser's time in bounds. Each of its steps may walk through all open elements, so that the number of
@@ -123,10 +57,11 @@ _MANY_ATTRIBUTES = re.compile(
 )
 # Formatting elements that are left open are opened anew in each later paragraph, which can make gigabytes of a small
 # page. A mark in their names makes them elements like any other; where it stands in text or attributes, it is taken out
-# again.
+# again. So does <noscript>, of which the head of a page would keep no images and no text.
 _MARK = "\ufdd0"  # no character, says Unicode
 _FORMATTING = re.compile(
-    r"(</?(?:a|b|big|code|em|font|i|nobr|s|small|strike|strong|tt|u|selectedcontent))(?=[ \t\n\f\r/>])", re.IGNORECASE
+    r"(</?(?:a|b|big|code|em|font|i|nobr|noscript|s|small|strike|strong|tt|u|selectedcontent))(?=[ \t\n\f\r/>])",
+    re.IGNORECASE,
 )
 
 # Encodings of the web, by their names in Python. Names that browsers read as another encoding's are replaced.
@@ -195,7 +130,7 @@ def document_from_html(
         max_image_bytes: A larger image is dropped.
         max_bytes: A longer page is an error, also if it is already decoded (characters are counted then).
         max_tags: A page with more tags and comments is an error. The parser's time may grow with the square of it:
-            hostile pages take up to about five seconds with the default.
+            the worst pages take some seconds with the default, or more if they have tens of thousands of long URLs.
 
     Returns:
         The document. It has no empty text, and no two texts beside each other.
@@ -404,8 +339,11 @@ class _Reader:
             return None
         if not node.is_element_node:
             return None
-        tag = node.tag.removesuffix(_MARK)
-        if tag in self._dropped or _is_hidden(_attributes(node)):
+        tag = _tag(node)
+        if tag in self._dropped:
+            self._edge(tag)
+            return None
+        if _is_hidden(_attributes(node)):
             return None
         if tag == "noscript" and self._images.replaced_by(node) is not None:
             return None
@@ -419,7 +357,7 @@ class _Reader:
         return child
 
     def _leave(self, node: Node) -> None:
-        tag = node.tag.removesuffix(_MARK)
+        tag = _tag(node)
         self._edge(tag)
         self._preformatted -= tag in _PREFORMATTED
         self._noscripts -= tag == "noscript"
@@ -440,6 +378,10 @@ class _Reader:
             self.writer.space()
             self.writer.text(alt)
             self.writer.space()
+
+
+def _tag(node: Node) -> str:
+    return node.tag.removesuffix(_MARK)
 
 
 def _attributes(node: Node) -> dict[str, str]:
@@ -487,7 +429,7 @@ class _Images:
         """Give the bytes of an image, from the first place that has them."""
         for url in self._places(node):
             absolute = _absolute(url, self.base)
-            if absolute is None or urlsplit(absolute[:_LONGEST_URL]).path.lower().endswith((".svg", ".svgz")):
+            if absolute is None:
                 continue
             content = _inline(absolute, self.max_bytes) if _is_inline(absolute) else self._resolve(absolute)
             if content and len(content) <= self.max_bytes and not content[:64].lstrip(_BLANK).startswith(b"<"):
@@ -513,7 +455,7 @@ class _Images:
                     yield from (_largest(source.get(name, "")) for name in (*_LAZY_SETS, "srcset"))
         yield _largest(attributes.get("srcset", ""))
         for noscript in _beside(node):
-            if noscript.tag == "noscript" and self.replaced_by(noscript) == node:
+            if _tag(noscript) == "noscript" and self.replaced_by(noscript) == node:
                 yield from self._places(_only_image(noscript))
         yield attributes.get("src", "")
 
@@ -594,7 +536,10 @@ def _inline(url: str, max_bytes: int) -> bytes | None:
 
 
 def _absolute(url: str, base: str | None) -> str | None:
-    """Give a URL as a browser asks for it: from the base, without a fragment, with unusual characters encoded."""
+    """Give a URL as a browser asks for it: from the base, without a fragment, with unusual characters encoded.
+
+    None where there is nothing to ask for: an empty or endless URL, or an image that is no raster.
+    """
     if _is_inline(url):
         return url
     url = re.sub(r"[\t\n\r]", "", url.strip())
@@ -604,6 +549,8 @@ def _absolute(url: str, base: str | None) -> str | None:
         parts = urlsplit(urljoin(base or "", url))
         path, query = quote(parts.path, safe="%/:@!$&'()*+,;=|[]"), quote(parts.query, safe="%/:@!$&'()*+,;=|[]?^`{}\\")
     except ValueError:  # no such host, or half a character
+        return None
+    if path.lower().endswith((".svg", ".svgz")):
         return None
     return urlunsplit(parts._replace(path=path, query=query, fragment=""))
 
