@@ -80,6 +80,7 @@ def test_it_trains_on_your_own_data_and_saves_the_model(files: Path, tmp_path: P
     assert torch.equal(loaded.language_model.lm_head.weight, make_lm("llama").lm_head.weight)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_interrupted_goes_on(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = [*QUICK, *options_for(files), "--max_steps", "4", "--save_steps", "2"]
     train.main([*words, "--output_dir", str(tmp_path / "whole")])
@@ -100,6 +101,7 @@ def test_a_run_that_was_interrupted_goes_on(files: Path, tmp_path: Path, monkeyp
     assert weights[0] == weights[1]
 
 
+@pytest.mark.slow
 def test_cached_features_give_the_same_losses(files: Path, tmp_path: Path) -> None:
     words = [*QUICK, *options_for(files), "--max_steps", "2", "--frozen_dtype", "bfloat16"]
     train.main([*words, "--output_dir", str(tmp_path / "pixels")])
@@ -110,6 +112,7 @@ def test_cached_features_give_the_same_losses(files: Path, tmp_path: Path) -> No
         assert found["loss"] == pytest.approx(expected["loss"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_the_demonstration_learns(tmp_path: Path) -> None:
     train.main([*QUICK, "--max_steps", "12", "--output_dir", str(tmp_path), "--data_workers", "1"])
     entries = logs(tmp_path / "checkpoint-12")
@@ -136,7 +139,9 @@ def test_every_kind_of_data_is_read(files: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sharding", [[], ["--fsdp", "full_shard", "--fsdp_config", '{"version": 2}']], ids=["ddp", "fsdp2"])
+@pytest.mark.parametrize(
+    "sharding", [[], ["--fsdp", "full_shard", "--fsdp_config", '{"version": 2}']], ids=["ddp", "fsdp2"]
+)
 def test_two_processes_train_as_one_with_batches_of_twice_the_size(
     sharding: list[str], files: Path, tmp_path: Path
 ) -> None:

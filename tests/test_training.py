@@ -135,6 +135,7 @@ def test_text_alone_reaches_every_trained_weight_of_processes_that_keep_in_step(
     assert not any(parameter.grad.any() for parameter in model.resampler.parameters())
 
 
+@pytest.mark.slow
 def test_evaluation_is_the_trainers(tmp_path: Path) -> None:
     rows = make_rows("pages", 7)
     keywords = {"eval_dataset": rows, "data_collator": collate}
