@@ -41,7 +41,16 @@ from transformers import AutoTokenizer, BertConfig, BertModel, get_cosine_schedu
 import tiny_world
 from flamingo_blocks import VisionEncoder, parameter_groups
 from flamingo_blocks.blocks import ContrastiveLoss
-from flamingo_blocks.data import CorruptSample, Document, IndexedSource, Medium, Source
+from flamingo_blocks.data import (
+    CorruptSample,
+    Document,
+    IndexedSource,
+    JsonLinesSource,
+    Medium,
+    PairFolder,
+    Source,
+    document_from_pair,
+)
 
 # ---------------------------------------------------------------- data
 
@@ -51,28 +60,26 @@ def load_data(path: Path | None, held_out: int) -> tuple[Source, Source]:
     if path is None:
         splits = tiny_world.load_splits()
         return digits_source(splits["train"]), digits_source(splits["val"], held_out)
-    items: Sequence[Any]
-    if path.is_dir():
-        images = {file.with_suffix(""): file for file in path.rglob("*") if file.suffix != ".txt"}
-        items = sorted(path.rglob("*.txt"))
+    source: Source = PairFolder(path) if path.is_dir() else JsonLinesSource(path, document_from_pair)
+    pairs = [sample for shard in range(len(source)) for sample in source.read(shard)]
+    if held_out >= len(pairs):
+        raise SystemExit(f"--held-out {held_out} leaves nothing to train on of the {len(pairs)} pairs in {path}")
+    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0)).tolist()
+    train, unseen = ([pairs[i] for i in part] for part in (order[held_out:], order[:held_out]))
+    return Listed(train), Listed(unseen)
 
-        def to_document(item: Any) -> Document:
-            return Document(
-                (Medium("image", images[item.with_suffix("")]), item.read_text(encoding="utf-8")), key=str(item)
-            )
-    else:
-        with path.open(encoding="utf-8") as lines:
-            items = [line for line in lines if line.strip()]
 
-        def to_document(item: Any) -> Document:
-            pair = json.loads(item)
-            return Document((Medium("image", path.parent / pair["image"]), pair["text"]), key=pair["image"])
+class Listed:
+    """A source of samples at hand, one a shard, corrupt ones included."""
 
-    if held_out >= len(items):
-        raise SystemExit(f"--held-out {held_out} leaves nothing to train on of the {len(items)} pairs in {path}")
-    order = torch.randperm(len(items), generator=torch.Generator().manual_seed(0)).tolist()
-    train, unseen = ([items[i] for i in part] for part in (order[held_out:], order[:held_out]))
-    return IndexedSource(train, to_document), IndexedSource(unseen, to_document)
+    def __init__(self, samples: Sequence[Document | CorruptSample]) -> None:
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def read(self, shard: int) -> Iterator[Document | CorruptSample]:
+        yield self.samples[shard]
 
 
 def digits_source(split: tiny_world.Digits, count: int | None = None) -> Source:

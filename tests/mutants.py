@@ -71,6 +71,7 @@ MLLAMA = "flamingo_blocks/convert/mllama.py"
 HTML = "flamingo_blocks/data/html.py"
 DOCUMENT = "flamingo_blocks/data/document.py"
 STREAM = "flamingo_blocks/data/stream.py"
+WRITING = "flamingo_blocks/data/writing.py"
 READING = "flamingo_blocks/data/reading.py"
 MIXTURE = "flamingo_blocks/data/mixture.py"
 SHARDS = "flamingo_blocks/data/shards.py"
@@ -2251,9 +2252,9 @@ MUTANTS = [
     Mutant(
         "a writer that is killed leaves whole shards",
         "a shard has its name from the start",
-        FEATURE_CACHE,
-        'unfinished = file.with_suffix(".part")',
-        "unfinished = file",
+        WRITING,
+        'path.with_suffix(path.suffix + ".part")',
+        "path",
         "tests/data/test_feature_cache.py::test_a_writer_that_is_killed_leaves_whole_shards_and_goes_on",
     ),
     Mutant(
@@ -2482,10 +2483,10 @@ MUTANTS = [
     ),
     Mutant(
         "a file has its name only when it is complete",
-        "it is written in its place",
-        SHARDS,
-        'path.with_suffix(".tar.unfinished")',
-        "path",
+        "what was begun gets its name, too, when it fails",
+        WRITING,
+        "    finally:\n        part.unlink(missing_ok=True)",
+        "    finally:\n        part.replace(path) if part.exists() else None",
         "tests/data/test_shards.py::test_a_file_has_its_name_only_when_it_is_complete",
     ),
     Mutant(

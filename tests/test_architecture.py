@@ -60,6 +60,7 @@ LAYERS = [
     "data.document",
     "data.html",
     "data.source",
+    "data.writing",
     "data.reading",
     "data.examples",
     "data.packing",

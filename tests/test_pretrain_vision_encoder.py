@@ -87,7 +87,8 @@ def test_what_is_saved_builds_a_flamingo_and_what_is_corrupt_is_told(
     assert torch.tensor(found["losses"]).isfinite().all()
     assert len(found["losses"]) == 4
     # All of the 14 pairs were drawn in 24.
-    assert found["corrupt"].keys() == {"images/3.jpg", "images/none.jpg", "images/1.jpg"}
+    lines = {f"{data / 'pairs.jsonl'}: line {number}" for number in (13, 14)}
+    assert found["corrupt"].keys() == {"images/3.jpg", *lines}
     printed = capsys.readouterr()
     assert all(f"cannot read {key}: {error}" in printed.err for key, error in found["corrupt"].items())
     assert "Pairs that could not be read: 3" in printed.out

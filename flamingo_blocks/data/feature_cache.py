@@ -7,7 +7,6 @@ encoded how stands in each shard, so that a cache of another encoder, or of othe
 import hashlib
 import json
 import logging
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from flamingo_blocks.data.document import CorruptSample, Document, Medium
 from flamingo_blocks.data.reading import read_medium
 from flamingo_blocks.data.source import check_corrupt
+from flamingo_blocks.data.writing import written_whole
 
 logger = logging.getLogger(__name__)
 
@@ -257,15 +257,8 @@ class _ShardWriter:
         if not self._features:
             return
         file = self._path / f"{self._rank:05d}-{self._number:06d}.safetensors"
-        unfinished = file.with_suffix(".part")
-        try:
-            save_file(self._features, unfinished, metadata=self._fingerprint)
-            with unfinished.open("r+b") as written:
-                os.fsync(written.fileno())
-        except BaseException:
-            unfinished.unlink(missing_ok=True)
-            raise
-        unfinished.rename(file)
+        with written_whole(file) as part:
+            save_file(self._features, part, metadata=self._fingerprint)
         self._features, self._bytes, self._number = {}, 0, self._number + 1
 
 

@@ -4,7 +4,6 @@ The standard library reads them. webdataset would run addresses that begin with 
 the end of a file, so that what follows is lost without a word. Each reads what the other writes.
 """
 
-import os
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -15,6 +14,7 @@ from typing import Any
 
 from flamingo_blocks.data.document import CorruptSample, Document
 from flamingo_blocks.data.source import read_one
+from flamingo_blocks.data.writing import written_whole
 
 
 def find_shards(paths: str | Path | Sequence[str | Path], *suffixes: str) -> tuple[Path, ...]:
@@ -126,17 +126,9 @@ def write_shards(documents: Iterable[Document], folder: str | Path, *, per_shard
     written: list[Path] = []
     for first in remaining:
         path = folder / f"{len(written):06d}.tar"
-        unfinished = path.with_suffix(".tar.unfinished")
-        try:
-            with unfinished.open("wb") as file:
-                with tarfile.open(fileobj=file, mode="w") as archive:
-                    for number, document in enumerate(chain([first], islice(remaining, per_shard - 1))):
-                        _add(archive, number, document)
-                file.flush()
-                os.fsync(file.fileno())
-            unfinished.replace(path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        with written_whole(path) as part, tarfile.open(part, mode="w") as archive:
+            for number, document in enumerate(chain([first], islice(remaining, per_shard - 1))):
+                _add(archive, number, document)
         written.append(path)
     return written
 

@@ -338,7 +338,7 @@ def test_a_writer_that_is_killed_leaves_whole_shards_and_goes_on(
         finished += (moment - 1) // 3
         assert len(list(tmp_path.glob("*.safetensors"))) == finished
         assert not finished or len(FeatureCache(tmp_path, **parts)) == finished
-    (tmp_path / "00000-000099.part").write_bytes(b"a half shard")
+    (tmp_path / "00000-000099.safetensors.part").write_bytes(b"a half shard")
     report = write(tmp_path, media, parts, shard_bytes=1)
     assert report.known == finished
     assert report.written == len(media) - finished
