@@ -2483,10 +2483,10 @@ MUTANTS = [
     ),
     Mutant(
         "a file has its name only when it is complete",
-        "what was begun gets its name, too, when it fails",
+        "it is written in its place",
         WRITING,
-        "    finally:\n        part.unlink(missing_ok=True)",
-        "    finally:\n        part.replace(path) if part.exists() else None",
+        'path.with_suffix(path.suffix + ".part")',
+        "path",
         "tests/data/test_shards.py::test_a_file_has_its_name_only_when_it_is_complete",
     ),
     Mutant(
