@@ -2592,6 +2592,22 @@ MUTANTS = [
         "tests/data/test_document.py::test_a_document_comes_back_from_a_sample_of_webdataset",
     ),
     Mutant(
+        "an image is encoded without loss",
+        "all modes are written as PNG",
+        DOCUMENT,
+        '"PNG" if image.mode in _PNG_MODES else "TIFF"',
+        '"PNG"',
+        "tests/data/test_document.py::test_an_image_is_encoded_without_loss",
+    ),
+    Mutant(
+        "an encoded image is as upright as its file",
+        "EXIF data are dropped",
+        DOCUMENT,
+        ', exif=image.info.get("exif", b"")',
+        "",
+        "tests/data/test_document.py::test_an_encoded_image_is_as_upright_as_its_file",
+    ),
+    Mutant(
         "consumers are given each document of an epoch once",
         "each consumer shuffles by itself",
         STREAM,

@@ -136,7 +136,9 @@ def test_every_kind_of_data_is_read(files: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sharding", [[], ["--fsdp", "full_shard", "--fsdp_config", '{"version": 2}']], ids=["ddp", "fsdp2"])
+@pytest.mark.parametrize(
+    "sharding", [[], ["--fsdp", "full_shard", "--fsdp_config", '{"version": 2}']], ids=["ddp", "fsdp2"]
+)
 def test_two_processes_train_as_one_with_batches_of_twice_the_size(
     sharding: list[str], files: Path, tmp_path: Path
 ) -> None:
