@@ -2679,6 +2679,30 @@ MUTANTS = [
         "corrupt > read:",
         "tests/data/test_mixture.py::test_too_many_corrupt_samples_stop_the_run",
     ),
+    Mutant(
+        "torch's random numbers are left alone",
+        "the loader draws from them",
+        MIXTURE,
+        "generator=torch.Generator().manual_seed(derive_seed(self.seed, self.rank)),",
+        "generator=None,",
+        "tests/data/test_mixture.py::test_torchs_random_numbers_are_left_alone",
+    ),
+    Mutant(
+        "a state of a mixture that shuffles otherwise is an error",
+        "buffers are not compared",
+        MIXTURE,
+        "[dataset.buffer if dataset.shuffle else None for dataset in self.datasets]",
+        "[]",
+        "tests/data/test_mixture.py::test_a_state_of_another_mixture_is_an_error",
+    ),
+    Mutant(
+        "a state of datasets in another order is an error",
+        "datasets are compared in any order",
+        MIXTURE,
+        '"datasets": [[dataset.name, len(dataset.source)] for dataset in self.datasets]',
+        '"datasets": {dataset.name: len(dataset.source) for dataset in self.datasets}',
+        "tests/data/test_mixture.py::test_a_state_of_datasets_in_another_order_is_an_error",
+    ),
 ]
 
 README = """\
