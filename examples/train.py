@@ -88,8 +88,8 @@ DEFAULTS = {
 # Those of the demonstration, which is to learn something in 100 steps.
 TINY_DEFAULTS = DEFAULTS | {"learning_rate": 3e-3, "warmup_steps": 10}
 
-NUMBERS = ("weight", "batch_size", "row_length")
-Sources = dict[str, tuple[Source, dict[str, float]]]  # by their names, with some of these numbers
+NUMBERS = {"weight": float, "batch_size": int, "row_length": int}
+Sources = dict[str, tuple[Source, dict[str, Any]]]  # by their names, with some of these numbers
 
 
 # ---------------------------------------------------------------- your data
@@ -133,11 +133,13 @@ def open_data(words: Sequence[str]) -> Sources:
             known = ", ".join(f"{kind} in {form}" for kind, form in SOURCES)
             raise ValueError(f"--data {word}: cannot read {kind} in {form}; known are {known}")
         try:
-            numbers: dict[str, float] = {key: float(settings.pop(key)) for key in NUMBERS if key in settings}
+            numbers = {key: number(settings.pop(key)) for key, number in NUMBERS.items() if key in settings}
         except ValueError as error:
             raise ValueError(f"--data {word}: {error}") from error
         if settings or not path:
             raise ValueError(f"--data must be NAME=PATH,kind=...,weight=...,batch_size=...,row_length=..., got {word}")
+        if name in sources:
+            raise ValueError(f"--data {word}: there is a dataset {name} already; give this one another name and kind=")
         sources[name] = (SOURCES[kind, form](Path(path)), numbers)
     return sources
 
@@ -246,9 +248,9 @@ def main(words: Sequence[str] | None = None) -> FlamingoForConditionalGeneration
                 name=name,
                 source=source,
                 make_example=maker,
-                batch_size=int(numbers.get("batch_size", 8)),
+                batch_size=numbers.get("batch_size", 8),
                 weight=numbers.get("weight", 1.0),
-                row_length=int(numbers["row_length"]) if "row_length" in numbers else None,
+                row_length=numbers.get("row_length"),
             )
             for name, (source, numbers) in sources.items()
         ],

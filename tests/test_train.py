@@ -171,7 +171,8 @@ def test_two_processes_train_as_one_with_batches_of_twice_the_size(
 @pytest.mark.parametrize(
     "word, message",
     [
-        ("pairs=PATH,batch_size=many", "could not convert"),
+        ("pairs=PATH,weight=much", "could not convert"),
+        ("pairs=PATH,batch_size=2.5", "invalid literal for int"),
         ("pairs=PATH,colour=red", "--data must be NAME=PATH"),
         ("pairs=nowhere.jsonl", "nowhere.jsonl"),
         ("pairs", "cannot read pairs|there is no|--data must be"),
@@ -180,6 +181,11 @@ def test_two_processes_train_as_one_with_batches_of_twice_the_size(
 def test_data_that_cannot_be_understood_are_errors(word: str, message: str, files: Path) -> None:
     with pytest.raises(ValueError, match=message):
         train.open_data([word.replace("PATH", str(files / "pairs.jsonl"))])
+
+
+def test_two_datasets_of_one_name_are_an_error(files: Path) -> None:
+    with pytest.raises(ValueError, match="there is a dataset pairs already"):
+        train.open_data([f"pairs={files / 'pairs.jsonl'}"] * 2)
 
 
 def test_models_without_data_are_an_error(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
