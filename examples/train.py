@@ -187,27 +187,36 @@ def tiny_models() -> dict[str, Any]:
     }
 
 
+def tiny_pair(images: list[Medium], names: list[str], i: int) -> Document:
+    """Describe an image."""
+    return Document((images[i], f"a handwritten {names[i]} ."), key=f"pair {i}")
+
+
+def tiny_page(images: list[Medium], names: list[str], i: int) -> Document:
+    """Name up to four images in a row."""
+    shown = range(i, min(i + 4, len(images)))
+    return Document(tuple(part for j in shown for part in (images[j], names[j])), key=f"page {i}")
+
+
+def tiny_text(names: list[str], i: int) -> Document:
+    """Tell of images without showing them."""
+    return Document((" ".join(f"a handwritten {name} ." for name in names[i : i + 5]),), key=f"text {i}")
+
+
 def tiny_data() -> Sources:
     """Make pages, pairs and text of scikit-learn's digits."""
     train = load_splits()["train"]
     names = [DIGITS[digit] for digit in train.digits.tolist()]
     images = [Medium.from_pil(picture) for picture in train.pictures]
 
-    def pair(i: int) -> Document:
-        return Document((images[i], f"a handwritten {names[i]} ."), key=f"pair {i}")
-
-    def page(i: int) -> Document:
-        shown = range(i, min(i + 4, len(images)))
-        return Document(tuple(part for j in shown for part in (images[j], names[j])), key=f"page {i}")
-
-    def text(i: int) -> Document:
-        return Document((" ".join(f"a handwritten {name} ." for name in names[i : i + 5]),), key=f"text {i}")
-
     everything = range(len(images))  # each is made when it is asked for
     return {
-        "pages": (IndexedSource(everything, page), {"batch_size": 4}),
-        "pairs": (IndexedSource(everything, pair), {"batch_size": 2, "row_length": 32, "weight": 0.2}),
-        "text": (IndexedSource(everything, text), {"batch_size": 2, "weight": 0.1}),
+        "pages": (IndexedSource(everything, partial(tiny_page, images, names)), {"batch_size": 4}),
+        "pairs": (
+            IndexedSource(everything, partial(tiny_pair, images, names)),
+            {"batch_size": 2, "row_length": 32, "weight": 0.2},
+        ),
+        "text": (IndexedSource(everything, partial(tiny_text, names)), {"batch_size": 2, "weight": 0.1}),
     }
 
 

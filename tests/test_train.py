@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -115,6 +116,11 @@ def test_the_demonstration_learns(tmp_path: Path) -> None:
     entries = logs(tmp_path / "checkpoint-12")
     assert entries[-1]["loss"] < 0.95 * entries[0]["loss"]
     assert {"loss/pages", "loss/pairs", "loss/text", "gate/0_attention"} <= entries[0].keys()
+
+
+def test_the_demonstrations_data_can_be_sent_to_workers_that_are_not_forked() -> None:
+    for source, _ in train.tiny_data().values():
+        assert next(pickle.loads(pickle.dumps(source)).read(0)) == next(source.read(0))
 
 
 def test_every_kind_of_data_is_read(files: Path) -> None:
