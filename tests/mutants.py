@@ -2703,6 +2703,14 @@ MUTANTS = [
         '"datasets": {dataset.name: len(dataset.source) for dataset in self.datasets}',
         "tests/data/test_mixture.py::test_a_state_of_datasets_in_another_order_is_an_error",
     ),
+    Mutant(
+        "a line of pixels that would fill the memory is refused",
+        "it is judged by its longer side",
+        PROCESSING,
+        'scale = max(self.size["width"]',
+        'scale = min(self.size["width"]',
+        "tests/test_processing_flamingo.py::test_a_line_that_would_fill_the_memory_is_refused",
+    ),
 ]
 
 README = """\
