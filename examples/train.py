@@ -88,8 +88,8 @@ DEFAULTS = {
 # Those of the demonstration, which is to learn something in 100 steps.
 TINY_DEFAULTS = DEFAULTS | {"learning_rate": 3e-3, "warmup_steps": 10}
 
-NUMBERS = ("weight", "batch_size", "row_length")
-Sources = dict[str, tuple[Source, dict[str, float]]]  # by their names, with some of these numbers
+NUMBERS = {"weight": float, "batch_size": int, "row_length": int}
+Sources = dict[str, tuple[Source, dict[str, Any]]]  # by their names, with some of these numbers
 
 
 # ---------------------------------------------------------------- your data
@@ -133,11 +133,13 @@ def open_data(words: Sequence[str]) -> Sources:
             known = ", ".join(f"{kind} in {form}" for kind, form in SOURCES)
             raise ValueError(f"--data {word}: cannot read {kind} in {form}; known are {known}")
         try:
-            numbers: dict[str, float] = {key: float(settings.pop(key)) for key in NUMBERS if key in settings}
+            numbers = {key: number(settings.pop(key)) for key, number in NUMBERS.items() if key in settings}
         except ValueError as error:
             raise ValueError(f"--data {word}: {error}") from error
         if settings or not path:
             raise ValueError(f"--data must be NAME=PATH,kind=...,weight=...,batch_size=...,row_length=..., got {word}")
+        if name in sources:
+            raise ValueError(f"--data {word}: there is a dataset {name} already; give this one another name and kind=")
         sources[name] = (SOURCES[kind, form](Path(path)), numbers)
     return sources
 
@@ -185,27 +187,36 @@ def tiny_models() -> dict[str, Any]:
     }
 
 
+def tiny_pair(images: list[Medium], names: list[str], i: int) -> Document:
+    """Describe an image."""
+    return Document((images[i], f"a handwritten {names[i]} ."), key=f"pair {i}")
+
+
+def tiny_page(images: list[Medium], names: list[str], i: int) -> Document:
+    """Name up to four images in a row."""
+    shown = range(i, min(i + 4, len(images)))
+    return Document(tuple(part for j in shown for part in (images[j], names[j])), key=f"page {i}")
+
+
+def tiny_text(names: list[str], i: int) -> Document:
+    """Tell of images without showing them."""
+    return Document((" ".join(f"a handwritten {name} ." for name in names[i : i + 5]),), key=f"text {i}")
+
+
 def tiny_data() -> Sources:
     """Make pages, pairs and text of scikit-learn's digits."""
     train = load_splits()["train"]
     names = [DIGITS[digit] for digit in train.digits.tolist()]
     images = [Medium.from_pil(picture) for picture in train.pictures]
 
-    def pair(i: int) -> Document:
-        return Document((images[i], f"a handwritten {names[i]} ."), key=f"pair {i}")
-
-    def page(i: int) -> Document:
-        shown = range(i, min(i + 4, len(images)))
-        return Document(tuple(part for j in shown for part in (images[j], names[j])), key=f"page {i}")
-
-    def text(i: int) -> Document:
-        return Document((" ".join(f"a handwritten {name} ." for name in names[i : i + 5]),), key=f"text {i}")
-
     everything = range(len(images))  # each is made when it is asked for
     return {
-        "pages": (IndexedSource(everything, page), {"batch_size": 4}),
-        "pairs": (IndexedSource(everything, pair), {"batch_size": 2, "row_length": 32, "weight": 0.2}),
-        "text": (IndexedSource(everything, text), {"batch_size": 2, "weight": 0.1}),
+        "pages": (IndexedSource(everything, partial(tiny_page, images, names)), {"batch_size": 4}),
+        "pairs": (
+            IndexedSource(everything, partial(tiny_pair, images, names)),
+            {"batch_size": 2, "row_length": 32, "weight": 0.2},
+        ),
+        "text": (IndexedSource(everything, partial(tiny_text, names)), {"batch_size": 2, "weight": 0.1}),
     }
 
 
@@ -246,9 +257,9 @@ def main(words: Sequence[str] | None = None) -> FlamingoForConditionalGeneration
                 name=name,
                 source=source,
                 make_example=maker,
-                batch_size=int(numbers.get("batch_size", 8)),
+                batch_size=numbers.get("batch_size", 8),
                 weight=numbers.get("weight", 1.0),
-                row_length=int(numbers["row_length"]) if "row_length" in numbers else None,
+                row_length=numbers.get("row_length"),
             )
             for name, (source, numbers) in sources.items()
         ],

@@ -148,10 +148,23 @@ class FlamingoImageProcessor(BaseImageProcessor):
         for name, image in images:
             try:
                 loaded = _load(image, self.channels)
+                self._check_thickness(loaded)
             except Exception as error:  # of many kinds, where a PIL image is read only now
                 raise ValueError(f"{name}: {error or type(error).__name__}") from error
             pixels.append(transform(loaded))
         return torch.stack(pixels) if pixels else torch.zeros(0, *self.image_shape)
+
+    def _check_thickness(self, image: Image.Image) -> None:
+        """Refuse a line of pixels that would fill the memory when its shorter side is brought to size."""
+        limit = Image.MAX_IMAGE_PIXELS
+        if self.crop_mode != "center" or limit is None:
+            return
+        scale = max(self.size["width"] / image.width, self.size["height"] / image.height) / self.crop_pct
+        if image.width * image.height * scale**2 > 2 * limit:  # as Pillow guards images
+            raise ValueError(
+                f"an image of {image.width}x{image.height} pixels is too thin to be scaled until it covers "
+                f"{self.size['width']}x{self.size['height']}; crop it, leave it out, or set crop_mode to 'squash'"
+            )
 
 
 # Those of the tokenizer's options under which each text stays one row, where this version of transformers has them.

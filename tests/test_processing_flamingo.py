@@ -248,6 +248,29 @@ def test_damaged_exif_data_are_no_reason_to_refuse_an_image(tmp_path: Path) -> N
     assert torch.equal(pixels_of(tmp_path / "damaged.jpg"), pixels_of(tmp_path / "sound.jpg"))
 
 
+@pytest.mark.parametrize("size", [(1, 60), (60, 1)])
+def test_a_line_that_would_fill_the_memory_is_refused(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    settings: dict[str, Any] = {"size": {"height": 8, "width": 10}, "crop_pct": 0.5}
+    resized: list[int] = []
+    resize = Image.Image.resize
+
+    def watched(image: Image.Image, *arguments: Any, **options: Any) -> Image.Image:
+        result = resize(image, *arguments, **options)
+        resized.append(result.width * result.height)
+        return result
+
+    monkeypatch.setattr(Image.Image, "resize", watched)
+    line = Image.new("RGB", size)
+    FlamingoImageProcessor(**settings).preprocess(line)
+    (pixels,) = resized
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", pixels // 2 - 1)
+    with pytest.raises(ValueError, match=f"image 0: an image of {size[0]}x{size[1]} pixels is too thin"):
+        FlamingoImageProcessor(**settings).preprocess(line)
+    FlamingoImageProcessor(**settings, crop_mode="squash").preprocess(line)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", pixels // 2)
+    FlamingoImageProcessor(**settings).preprocess(line)
+
+
 def test_images_are_left_as_they_are() -> None:
     image, array = CAT.copy(), as_array(CAT)[0] / 255
     pixels_of(image, array)

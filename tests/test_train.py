@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -120,6 +121,11 @@ def test_the_demonstration_learns(tmp_path: Path) -> None:
     assert {"loss/pages", "loss/pairs", "loss/text", "gate/0_attention"} <= entries[0].keys()
 
 
+def test_the_demonstrations_data_can_be_sent_to_workers_that_are_not_forked() -> None:
+    for source, _ in train.tiny_data().values():
+        assert next(pickle.loads(pickle.dumps(source)).read(0)) == next(source.read(0))
+
+
 def test_every_kind_of_data_is_read(files: Path) -> None:
     words = [f"pairs={files}", f"a={files / 'pages'},kind=documents", f"text={files / 'text.jsonl'}"]
     with pytest.raises(ValueError, match="cannot read a in tar; known are documents in tar"):
@@ -174,7 +180,8 @@ def test_two_processes_train_as_one_with_batches_of_twice_the_size(
 @pytest.mark.parametrize(
     "word, message",
     [
-        ("pairs=PATH,batch_size=many", "could not convert"),
+        ("pairs=PATH,weight=much", "could not convert"),
+        ("pairs=PATH,batch_size=2.5", "invalid literal for int"),
         ("pairs=PATH,colour=red", "--data must be NAME=PATH"),
         ("pairs=nowhere.jsonl", "nowhere.jsonl"),
         ("pairs", "cannot read pairs|there is no|--data must be"),
@@ -183,6 +190,11 @@ def test_two_processes_train_as_one_with_batches_of_twice_the_size(
 def test_data_that_cannot_be_understood_are_errors(word: str, message: str, files: Path) -> None:
     with pytest.raises(ValueError, match=message):
         train.open_data([word.replace("PATH", str(files / "pairs.jsonl"))])
+
+
+def test_two_datasets_of_one_name_are_an_error(files: Path) -> None:
+    with pytest.raises(ValueError, match="there is a dataset pairs already"):
+        train.open_data([f"pairs={files / 'pairs.jsonl'}"] * 2)
 
 
 def test_models_without_data_are_an_error(files: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,6 +24,8 @@ _SIGNATURES = (
     (re.compile(rb"\x1a\x45\xdf\xa3"), "mkv"),
     (re.compile(rb"RIFF....AVI ", re.DOTALL), "avi"),
 )
+# Modes of PIL images that PNG gives back as they were.
+_PNG_MODES = frozenset({"1", "I;16", "L", "LA", "P", "RGB", "RGBA"})
 
 
 @dataclass(frozen=True)
@@ -47,9 +49,10 @@ class Medium:
     @classmethod
     @no_type_check  # PIL is not imported for a signature
     def from_pil(cls, image: Any) -> "Medium":
-        """Encode a PIL image, without loss."""
+        """Encode a PIL image, without loss, and which way is up. PNG does not have all modes, e.g. CMYK: TIFF does."""
         file = BytesIO()
-        image.save(file, format="PNG")
+        form = "PNG" if image.mode in _PNG_MODES else "TIFF"
+        image.save(file, format=form, exif=image.info.get("exif", b""))
         return cls("image", file.getvalue())
 
     def open(self) -> BytesIO | Path:

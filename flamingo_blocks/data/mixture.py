@@ -95,7 +95,8 @@ class Mixture:
         # pairs = MixtureDataset(
         #     name="pairs", source=pairs, make_example=maker, batch_size=8, row_length=256, weight=0.2
         # )
-        # for batch in Mixture([pages, pairs], collate=maker.collate, workers=4):
+        # to_batch = functools.partial(collate, pad_token_id=..., media_shape=processor.image_processor.image_shape)
+        # for batch in Mixture([pages, pairs], collate=to_batch, workers=4):
         #     name, weight = batch.pop("dataset"), batch.pop("loss_weight")
         #     (weight * model(**batch).loss).backward()
         ```
@@ -165,6 +166,8 @@ class Mixture:
             num_workers=self.workers,
             prefetch_factor=self.prefetch if self.workers else None,
             worker_init_fn=_start_worker,
+            # Without it, a number is drawn from torch's own generator, also when a run is resumed.
+            generator=torch.Generator().manual_seed(derive_seed(self.seed, self.rank)),
             pin_memory=torch.cuda.is_available(),
         )
         try:
@@ -214,7 +217,8 @@ class Mixture:
     def _arrangement(self) -> dict[str, Any]:
         """What decides who reads what."""
         return {
-            "datasets": {dataset.name: len(dataset.source) for dataset in self.datasets},
+            "datasets": [[dataset.name, len(dataset.source)] for dataset in self.datasets],
+            "shuffle buffers": [dataset.buffer if dataset.shuffle else None for dataset in self.datasets],
             "batch sizes": [dataset.batch_size for dataset in self.datasets],
             "row lengths": [[dataset.row_length, dataset.row_media] for dataset in self.datasets],
             "seed": self.seed,

@@ -7,7 +7,7 @@ from pathlib import Path
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from flamingo_blocks.data import Document, Medium
 
@@ -52,10 +52,21 @@ def test_relative_paths_begin_at_the_root(tmp_path: Path) -> None:
     assert paths == [tmp_path / "a/b.png", Path("/c.png")]
 
 
-def test_an_image_is_encoded_without_loss() -> None:
-    image = Image.radial_gradient("L").convert("RGB")
-    medium = Medium.from_pil(image)
-    assert Image.open(medium.open()).tobytes() == image.tobytes()
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16", "I", "F", "CMYK", "YCbCr"])
+def test_an_image_is_encoded_without_loss(mode: str) -> None:
+    image = Image.radial_gradient("L").convert(mode)
+    found = Image.open(Medium.from_pil(image).open())
+    assert found.mode == mode
+    assert found.tobytes() == image.tobytes()
+
+
+@pytest.mark.parametrize("mode", ["RGB", "CMYK"])
+def test_an_encoded_image_is_as_upright_as_its_file(mode: str) -> None:
+    file, exif = io.BytesIO(), Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.new(mode, (6, 4)).save(file, format="JPEG", exif=exif)
+    upright = [ImageOps.exif_transpose(Image.open(f)) for f in (file, Medium.from_pil(Image.open(file)).open())]
+    assert [image.size for image in upright] == [(4, 6)] * 2
 
 
 def test_a_digest_tells_bytes_apart_not_where_they_are(tmp_path: Path) -> None:

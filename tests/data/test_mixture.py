@@ -45,11 +45,22 @@ def source_of(lengths: Sequence[int], *, first: int = 0) -> IndexedSource:
 
 
 def make_mixture(
-    lengths: Sequence[int] = (3, 1, 4, 1, 5, 9, 2, 6), *, row_length: int | None = ROW, **options: Any
+    lengths: Sequence[int] = (3, 1, 4, 1, 5, 9, 2, 6),
+    *,
+    row_length: int | None = ROW,
+    shuffle: bool = True,
+    buffer: int = 1000,
+    **options: Any,
 ) -> Mixture:
     datasets = [
         MixtureDataset(
-            name="pages", source=source_of(lengths), make_example=make_example, batch_size=2, row_length=row_length
+            name="pages",
+            source=source_of(lengths),
+            make_example=make_example,
+            batch_size=2,
+            row_length=row_length,
+            shuffle=shuffle,
+            buffer=buffer,
         ),
         MixtureDataset(
             name="pairs",
@@ -97,6 +108,13 @@ def test_a_mixture_goes_on_where_it_stood(
     second.load_state_dict(state)
     assert second.state_dict() == first.state_dict()
     assert list(islice(second, 6)) == list(islice(batches, 6))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_torchs_random_numbers_are_left_alone(workers: int) -> None:
+    before = torch.get_rng_state()
+    next(iter(make_mixture(workers=workers)))
+    assert torch.equal(torch.get_rng_state(), before), "else dropout is another one in a run that is resumed"
 
 
 @pytest.mark.parametrize("given_out", [1, 4, 7])
@@ -225,11 +243,23 @@ def test_a_defect_is_not_taken_for_a_corrupt_sample() -> None:
         ({"rank": 1, "world_size": 2}, "rank"),
         ({"lengths": [1, 2, 3]}, "datasets"),
         ({"row_length": None}, "row lengths"),
+        ({"buffer": 3}, "shuffle buffers"),
+        ({"shuffle": False}, "shuffle buffers"),
     ],
 )
 def test_a_state_of_another_mixture_is_an_error(options: dict[str, Any], name: str) -> None:
     with pytest.raises(ValueError, match=f"a mixture with {name} .* this one has"):
         make_mixture(**options).load_state_dict(make_mixture().state_dict())
+
+
+def test_a_state_of_datasets_in_another_order_is_an_error() -> None:
+    datasets = [
+        MixtureDataset(name=name, source=source_of([1]), make_example=make_example, batch_size=1) for name in "ab"
+    ]
+    mixture, other = (Mixture(order, collate=collate) for order in (datasets, datasets[::-1]))
+    next(iter(mixture))  # of this round, the other one would give the wrong batch again
+    with pytest.raises(ValueError, match="a mixture with datasets"):
+        other.load_state_dict(mixture.state_dict())
 
 
 def test_wrong_numbers_are_errors() -> None:
