@@ -16,6 +16,10 @@ import torch
 from flamingo_blocks.data.document import CorruptSample, Document
 from flamingo_blocks.data.source import Source
 
+# Where documents are few or shards are empty, an epoch may have nothing for a consumer, and the next one may have
+# something. After so many with nothing, it is taken that none has.
+_EMPTY_EPOCHS = 20
+
 
 @dataclass(frozen=True)
 class Position:
@@ -62,7 +66,8 @@ class Stream:
             the same whoever is given the document, so that what is drawn for it can be, too.
 
     Raises:
-        ValueError: If a number is out of range; while reading, if there is no document for this consumer.
+        ValueError: If a number is out of range; while reading, if epoch after epoch has no document for this
+            consumer.
     """
 
     def __init__(
@@ -97,12 +102,12 @@ class Stream:
         return next(self._documents)
 
     def _read(self) -> Iterator[Document | CorruptSample]:
+        empty_epochs = 0
         while True:
-            epoch, is_empty = self.position.epoch, self.position == Position(self.position.epoch)
-            order = self._order(epoch)
-            by_shards = len(order) >= self.consumers
-            if by_shards:
-                order = order[self.consumer :: self.consumers]
+            epoch = self.position.epoch
+            by_shards = len(self.source) >= self.consumers
+            order = self._order(epoch, slice(self.consumer, None, self.consumers) if by_shards else slice(None))
+            empty_epochs += 1
             for number in range(self.position.shard, len(order)):
                 documents: Iterator[tuple[int, Document | CorruptSample]] = enumerate(self._shard(order[number], epoch))
                 if not by_shards:  # each shard begins with another consumer, so that short ones are shared out, too
@@ -110,21 +115,21 @@ class Stream:
                 for place, document in islice(documents, self.position.document, None):
                     self.position = Position(epoch, number, self.position.document + 1)
                     self.identity = (epoch, order[number], place)
-                    is_empty = False
+                    empty_epochs = 0
                     yield document
                 self.position = Position(epoch, number + 1)
-            if is_empty:
+            if empty_epochs == _EMPTY_EPOCHS:
                 raise ValueError(
                     f"there is no document for consumer {self.consumer} of {self.consumers} in the source's "
                     f"{len(self.source)} shards; give more data, or use fewer processes or data workers"
                 )
             self.position = Position(epoch + 1)
 
-    def _order(self, epoch: int) -> list[int] | range:
+    def _order(self, epoch: int, share: slice) -> list[int] | range:
         if not self.shuffle:
-            return range(len(self.source))
+            return range(len(self.source))[share]
         generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch))
-        order: list[int] = torch.randperm(len(self.source), generator=generator).tolist()
+        order: list[int] = torch.randperm(len(self.source), generator=generator)[share].tolist()
         return order
 
     def _shard(self, shard: int, epoch: int) -> Iterator[Document | CorruptSample]:
