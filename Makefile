@@ -26,7 +26,7 @@ test: $(READY) ## Run the tests, then those that must run without run-time shape
 	@$(BIN)/python $(PYTEST) -o addopts="" -m "unchecked and not slow" tests
 
 test-slow: $(READY) ## Run the tests that take long, or need a tool of their own: lm-eval
-	@$(BIN)/python $(PYTEST) -m "slow and not unchecked" tests
+	@$(BIN)/python $(PYTEST) -m "slow and not unchecked" tests docs
 	@$(BIN)/python $(PYTEST) -o addopts="" -m "slow and unchecked" tests
 
 test-long: $(READY) ## Run the tests with 2,000 examples a law instead of 50, and each language model with each backbone

@@ -25,3 +25,11 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
         return None
     asked_for = [Path(argument.partition("::")[0]).absolute() for argument in config.args]
     return None if any(path.is_relative_to(collection_path) for path in asked_for) else True
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Try the longest pages with the slow tests: each of their pieces of code runs all pieces before it again."""
+    for item in items:
+        if item.path.name in ("training.md", "whole_model.md"):
+            item.add_marker(pytest.mark.slow)

@@ -24,7 +24,11 @@ def build(preset: Callable[[], FlamingoConfig]) -> FlamingoForConditionalGenerat
 
 @pytest.mark.parametrize(
     ("preset", "layers", "width", "heads", "blocks", "every"),
-    [(flamingo_3b, 24, 2048, 16, 24, 1), (flamingo_9b, 40, 4096, 32, 10, 4), (flamingo_80b, 80, 8192, 64, 12, 7)],
+    [
+        (flamingo_3b, 24, 2048, 16, 24, 1),
+        pytest.param(flamingo_9b, 40, 4096, 32, 10, 4, marks=pytest.mark.slow),
+        pytest.param(flamingo_80b, 80, 8192, 64, 12, 7, marks=pytest.mark.slow),
+    ],
 )
 def test_shapes_are_the_papers(
     preset: Callable[[], FlamingoConfig], layers: int, width: int, heads: int, blocks: int, every: int
