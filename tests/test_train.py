@@ -15,6 +15,7 @@ import timm
 import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from timm.models import save_for_hf
 
 import train
@@ -68,14 +69,19 @@ def logs(path: Path) -> list[dict[str, Any]]:
 
 def test_it_trains_on_your_own_data_and_saves_the_model(files: Path, tmp_path: Path) -> None:
     words = [*QUICK, *options_for(files), "--max_steps", "2", "--learning_rate", "0.01", "--warmup_steps", "0"]
-    model = train.main([*words, "--output_dir", str(tmp_path)])
-    entries = logs(tmp_path / "checkpoint-2")
+    words += ["--report_to", "tensorboard"]
+    model = train.main([*words, "--output_dir", str(tmp_path / "run")])
+    entries = logs(tmp_path / "run" / "checkpoint-2")
     assert len(entries) == 2
     for entry in entries:
         expected = entry["loss/pages"] + 0.2 * entry["loss/pairs"] + 0.1 * entry["loss/text"]
         assert entry["loss"] == pytest.approx(expected, rel=1e-4)
     assert entries[0]["gate/0_attention"] > 0
-    loaded = FlamingoForConditionalGeneration.from_pretrained(tmp_path / "model")
+    (events,) = (tmp_path / "run").rglob("events.out.tfevents*")
+    board = EventAccumulator(str(events)).Reload()
+    shown = {f"train/{name}" for name in entries[0] if "/" in name}
+    assert shown <= set(board.Tags()["scalars"])
+    loaded = FlamingoForConditionalGeneration.from_pretrained(tmp_path / "run" / "model")
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert all(torch.equal(loaded.get_parameter(name), parameter) for name, parameter in trained.items())
     assert torch.equal(loaded.language_model.lm_head.weight, make_lm("llama").lm_head.weight)
