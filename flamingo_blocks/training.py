@@ -110,9 +110,7 @@ class FlamingoTrainer(Trainer):
         args.ignore_data_skip = True
         self.loader = loader
         self._unfinished: Path | None = None
-        self._loss_sums: dict[str, Tensor] = {}
-        self._loss_counts: dict[str, int] = defaultdict(int)
-        self._num_tokens = 0
+        self._forget_losses()
         super().__init__(model, args, **options)
         if args.n_gpu > 1:
             raise ValueError(
@@ -199,8 +197,13 @@ class FlamingoTrainer(Trainer):
         means = {name: float(total) / self._loss_counts[name] for name, total in self._loss_sums.items()}
         everyone = gather_object([means])  # each has its own share of each loss
         logs |= {f"loss/{name}": sum(shares[name] for shares in everyone) for name in means}
-        self._loss_sums, self._loss_counts, self._num_tokens = {}, defaultdict(int), 0
+        self._forget_losses()
         return logs
+
+    def _forget_losses(self) -> None:
+        self._loss_sums: dict[str, Tensor] = {}
+        self._loss_counts: dict[str, int] = defaultdict(int)
+        self._num_tokens: Tensor | int = 0
 
     # ------------------------------------------------------------ checkpoints
 
@@ -215,6 +218,7 @@ class FlamingoTrainer(Trainer):
         Raises:
             ValueError: If the checkpoint does not tell where this process' stream of data stood.
         """
+        self._forget_losses()  # those after the last log of an earlier run
         unfinished = Path(self._get_output_dir(None)) / UNFINISHED
         if self.args.should_save and unfinished.exists():  # of a process that was killed
             shutil.rmtree(unfinished)

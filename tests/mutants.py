@@ -2090,6 +2090,14 @@ MUTANTS = [
         "tests/test_training.py::test_the_best_checkpoint_is_known_by_its_name_and_kept",
     ),
     Mutant(
+        "a second run logs its own losses alone",
+        "those that the first one did not log are among them",
+        TRAINING,
+        "        self._forget_losses()  # those after the last log of an earlier run\n",
+        "",
+        "tests/test_training.py::test_a_second_run_logs_its_own_losses_alone",
+    ),
+    Mutant(
         "An example is a window of its document, with the media of its <image> tokens",
         "the media are counted from the document's beginning",
         EXAMPLES,

@@ -166,6 +166,14 @@ def test_each_datasets_loss_and_each_gate_are_logged(tmp_path: Path) -> None:
     assert logs["tokens_per_step"] == tokens / 2
 
 
+def test_a_second_run_logs_its_own_losses_alone(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, model=make_flamingo("llama")[0], max_steps=3, logging_steps=2)
+    trainer.train()  # its third step is not logged
+    trainer.train()
+    logs = trainer.state.log_history[0]
+    assert logs["loss"] == pytest.approx(sum(WEIGHTS[name] * logs[f"loss/{name}"] for name in DATASETS), rel=1e-6)
+
+
 def test_gates_are_those_that_peft_trains() -> None:
     from peft import LoraConfig, get_peft_model
 
