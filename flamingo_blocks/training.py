@@ -232,6 +232,8 @@ class FlamingoTrainer(Trainer):
 
     def _load_stream(self, checkpoint: Path) -> None:
         assert self.loader is not None
+        if not checkpoint.is_dir():
+            raise ValueError(f"resume_from_checkpoint must be a checkpoint's folder, but there is no {checkpoint}")
         path = checkpoint / f"stream_{self.args.process_index}.json"
         try:
             saved = json.loads(path.read_text())
@@ -288,7 +290,8 @@ class FlamingoTrainer(Trainer):
         """Delete the oldest checkpoints; first their names, so that none is there by half."""
         best = self.state.best_model_checkpoint
         checkpoints = sort_checkpoints(str(run), use_mtime=True, best_model_checkpoint=best)
-        kept = max(self.args.save_total_limit or len(checkpoints), 1 + (best in checkpoints[:-1]))
+        limit = self.args.save_total_limit or 0
+        kept = max(limit if limit > 0 else len(checkpoints), 1 + (best in checkpoints[:-1]))
         for old in checkpoints[:-kept]:
             trash = Path(old).rename(run / UNFINISHED)
             shutil.rmtree(trash, ignore_errors=True)
@@ -393,6 +396,12 @@ def _check_options(args: TrainingArguments, options: dict[str, Any]) -> None:
         raise ValueError(
             "label_smoothing_factor and compute_loss_func have no effect here: the loss is the datasets' weighted mean "
             "negative log-likelihood; leave them out"
+        )
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if args.world_size < started:
+        raise ValueError(
+            f"{started} processes were started, but {args.device.type} is used as if there were {args.world_size}, so "
+            "that each would train alone; on CPUs pass use_cpu=True (--use_cpu)"
         )
     if options.get("train_dataset") is not None:
         raise ValueError("train_dataset is not read here; pass loader=, e.g. a Mixture's")

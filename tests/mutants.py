@@ -2098,6 +2098,22 @@ MUTANTS = [
         "tests/test_training.py::test_a_second_run_logs_its_own_losses_alone",
     ),
     Mutant(
+        "all checkpoints are kept without a limit",
+        "below zero it is one of the last alone",
+        TRAINING,
+        "limit if limit > 0 else len(checkpoints)",
+        "limit or len(checkpoints)",
+        "tests/test_training.py::test_all_checkpoints_are_kept_without_a_limit",
+    ),
+    Mutant(
+        "processes that do not know of each other are refused",
+        "each trains alone",
+        TRAINING,
+        "if args.world_size < started:",
+        "if False:",
+        "tests/test_training.py::test_processes_that_do_not_know_of_each_other_are_refused",
+    ),
+    Mutant(
         "An example is a window of its document, with the media of its <image> tokens",
         "the media are counted from the document's beginning",
         EXAMPLES,
