@@ -8,7 +8,7 @@ Options are those below and all of transformers' TrainingArguments; the defaults
 digits, to show that everything runs:
 
     python examples/train.py
-    torchrun --nproc_per_node 2 examples/train.py
+    torchrun --nproc_per_node 2 examples/train.py  # without GPUs: --use_cpu
 
 A run that was interrupted goes on, bit for bit, with --resume and the same options.
 """

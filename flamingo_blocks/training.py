@@ -110,9 +110,7 @@ class FlamingoTrainer(Trainer):
         args.ignore_data_skip = True
         self.loader = loader
         self._unfinished: Path | None = None
-        self._loss_sums: dict[str, Tensor] = {}
-        self._loss_counts: dict[str, int] = defaultdict(int)
-        self._num_tokens = 0
+        self._forget_losses()
         super().__init__(model, args, **options)
         if args.n_gpu > 1:
             raise ValueError(
@@ -199,8 +197,13 @@ class FlamingoTrainer(Trainer):
         means = {name: float(total) / self._loss_counts[name] for name, total in self._loss_sums.items()}
         everyone = gather_object([means])  # each has its own share of each loss
         logs |= {f"loss/{name}": sum(shares[name] for shares in everyone) for name in means}
-        self._loss_sums, self._loss_counts, self._num_tokens = {}, defaultdict(int), 0
+        self._forget_losses()
         return logs
+
+    def _forget_losses(self) -> None:
+        self._loss_sums: dict[str, Tensor] = {}
+        self._loss_counts: dict[str, int] = defaultdict(int)
+        self._num_tokens: Tensor | int = 0
 
     # ------------------------------------------------------------ checkpoints
 
@@ -215,6 +218,7 @@ class FlamingoTrainer(Trainer):
         Raises:
             ValueError: If the checkpoint does not tell where this process' stream of data stood.
         """
+        self._forget_losses()  # those after the last log of an earlier run
         unfinished = Path(self._get_output_dir(None)) / UNFINISHED
         if self.args.should_save and unfinished.exists():  # of a process that was killed
             shutil.rmtree(unfinished)
@@ -228,6 +232,8 @@ class FlamingoTrainer(Trainer):
 
     def _load_stream(self, checkpoint: Path) -> None:
         assert self.loader is not None
+        if not checkpoint.is_dir():
+            raise ValueError(f"resume_from_checkpoint must be a checkpoint's folder, but there is no {checkpoint}")
         path = checkpoint / f"stream_{self.args.process_index}.json"
         try:
             saved = json.loads(path.read_text())
@@ -284,7 +290,8 @@ class FlamingoTrainer(Trainer):
         """Delete the oldest checkpoints; first their names, so that none is there by half."""
         best = self.state.best_model_checkpoint
         checkpoints = sort_checkpoints(str(run), use_mtime=True, best_model_checkpoint=best)
-        kept = max(self.args.save_total_limit or len(checkpoints), 1 + (best in checkpoints[:-1]))
+        limit = self.args.save_total_limit or 0
+        kept = max(limit if limit > 0 else len(checkpoints), 1 + (best in checkpoints[:-1]))
         for old in checkpoints[:-kept]:
             trash = Path(old).rename(run / UNFINISHED)
             shutil.rmtree(trash, ignore_errors=True)
@@ -389,6 +396,12 @@ def _check_options(args: TrainingArguments, options: dict[str, Any]) -> None:
         raise ValueError(
             "label_smoothing_factor and compute_loss_func have no effect here: the loss is the datasets' weighted mean "
             "negative log-likelihood; leave them out"
+        )
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if args.world_size < started:
+        raise ValueError(
+            f"{started} processes were started, but {args.device.type} is used as if there were {args.world_size}, so "
+            "that each would train alone; on CPUs pass use_cpu=True (--use_cpu)"
         )
     if options.get("train_dataset") is not None:
         raise ValueError("train_dataset is not read here; pass loader=, e.g. a Mixture's")

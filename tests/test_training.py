@@ -166,6 +166,14 @@ def test_each_datasets_loss_and_each_gate_are_logged(tmp_path: Path) -> None:
     assert logs["tokens_per_step"] == tokens / 2
 
 
+def test_a_second_run_logs_its_own_losses_alone(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, model=make_flamingo("llama")[0], max_steps=3, logging_steps=2)
+    trainer.train()  # its third step is not logged
+    trainer.train()
+    logs = trainer.state.log_history[0]
+    assert logs["loss"] == pytest.approx(sum(WEIGHTS[name] * logs[f"loss/{name}"] for name in DATASETS), rel=1e-6)
+
+
 def test_gates_are_those_that_peft_trains() -> None:
     from peft import LoraConfig, get_peft_model
 
@@ -230,6 +238,8 @@ def test_the_stream_is_resumed_by_as_many_processes_or_not_at_all(tmp_path: Path
     stream.unlink()
     with pytest.raises(ValueError, match="written by no processes with a stream"):
         trainer.train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match="there is no .*checkpoint-9"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-9"))
 
 
 # ------------------------------------------------------------ checkpoints
@@ -290,6 +300,11 @@ def test_no_more_checkpoints_are_kept_than_asked_for(tmp_path: Path) -> None:
     assert checkpoints(tmp_path) == ["checkpoint-2"]
 
 
+def test_all_checkpoints_are_kept_without_a_limit(tmp_path: Path) -> None:
+    saving(tmp_path, save_total_limit=-1, max_steps=2).train()
+    assert checkpoints(tmp_path) == ["checkpoint-1", "checkpoint-2"]
+
+
 def test_a_checkpoint_is_written_again_in_place_of_an_older_one(tmp_path: Path) -> None:
     trainer = saving(tmp_path, max_steps=1)
     trainer.train()
@@ -336,6 +351,12 @@ def test_what_would_not_do_what_it_says_is_refused(tmp_path: Path) -> None:
     alone = FlamingoTrainer(model, TrainingArguments(str(tmp_path), use_cpu=True, report_to=[]))
     refuse("training needs a loader", alone.train)
     refuse("must be a Flamingo", lambda: gates(torch.nn.Linear(2, 2)))
+
+
+def test_processes_that_do_not_know_of_each_other_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = TrainingArguments(str(tmp_path), max_steps=1, use_cpu=True, report_to=[])
+    monkeypatch.setenv("WORLD_SIZE", "2")  # so torchrun says, but without use_cpu nobody listens on CPUs
+    refuse("2 processes were started .* --use_cpu", lambda: FlamingoTrainer(make_flamingo("llama")[0], alone))
 
 
 class WithoutNames(TinyLoader):
