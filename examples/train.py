@@ -10,7 +10,7 @@ digits, to show that everything runs:
     python examples/train.py
     torchrun --nproc_per_node 2 examples/train.py  # without GPUs: --use_cpu
 
-A run that was interrupted goes on, bit for bit, with --resume and the same options.
+A run that was interrupted goes on, bit for bit, with --resume (or --resume_from_checkpoint PATH) and the same options.
 """
 
 from collections.abc import Callable, Sequence
@@ -54,8 +54,9 @@ class Options:
     data: list[str] = field(
         default_factory=list,
         metadata={
+            "action": "extend",
             "help": "datasets: NAME=PATH, and after commas kind=pairs, documents, videos or text (else the name is "
-            "the kind), weight=1.0, batch_size=8 (rows of a process), row_length=... (tokens, to pack documents)"
+            "the kind), weight=1.0, batch_size=8 (rows of a process), row_length=... (tokens, to pack documents)",
         },
     )
     image_size: int | None = field(default=None, metadata={"help": "of the images; by default the backbone's own"})
@@ -87,6 +88,13 @@ DEFAULTS = {
 }
 # Those of the demonstration, which is to learn something in 100 steps.
 TINY_DEFAULTS = DEFAULTS | {"learning_rate": 3e-3, "warmup_steps": 10}
+
+# Options of TrainingArguments that a loader without an end makes useless.
+INSTEAD = {
+    "per_device_train_batch_size": "batch_size in --data",
+    "num_train_epochs": "--max_steps",
+    "dataloader_num_workers": "--data_workers",
+}
 
 NUMBERS = {"weight": float, "batch_size": int, "row_length": int}
 Sources = dict[str, tuple[Source, dict[str, Any]]]  # by their names, with some of these numbers
@@ -233,6 +241,9 @@ def main(words: Sequence[str] | None = None) -> FlamingoForConditionalGeneration
     parser.set_defaults(**TINY_DEFAULTS if is_tiny else DEFAULTS)
     options, arguments = parser.parse_args_into_dataclasses(words)
 
+    for name, instead in INSTEAD.items():
+        if getattr(arguments, name) != parser.get_default(name):
+            parser.error(f"--{name} has no effect here; give {instead}")
     sources = tiny_data() if is_tiny else open_data(options.data)
     set_seed(arguments.seed)  # new weights must be the same in all processes
     models = {"language_model": options.language_model, "vision_encoder": options.vision_encoder}
@@ -275,7 +286,7 @@ def main(words: Sequence[str] | None = None) -> FlamingoForConditionalGeneration
     )
     arguments.gradient_accumulation_steps *= mixture.batches_per_step
     trainer = FlamingoTrainer(model, arguments, loader=mixture, processing_class=processor)
-    trainer.train(resume_from_checkpoint=options.resume or None)
+    trainer.train(resume_from_checkpoint=options.resume or arguments.resume_from_checkpoint)
     trainer.save_model(str(Path(arguments.output_dir) / "model"))
     return model
 

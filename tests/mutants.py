@@ -2114,6 +2114,14 @@ MUTANTS = [
         "tests/test_training.py::test_processes_that_do_not_know_of_each_other_are_refused",
     ),
     Mutant(
+        "a run goes on from any checkpoint",
+        "--resume_from_checkpoint does nothing",
+        "examples/train.py",
+        "options.resume or arguments.resume_from_checkpoint",
+        "options.resume or None",
+        "tests/test_train.py::test_data_may_be_given_one_by_one_and_a_run_goes_on_from_any_checkpoint",
+    ),
+    Mutant(
         "An example is a window of its document, with the media of its <image> tokens",
         "the media are counted from the document's beginning",
         EXAMPLES,

@@ -203,6 +203,28 @@ def test_two_datasets_of_one_name_are_an_error(files: Path) -> None:
         train.open_data([f"pairs={files / 'pairs.jsonl'}"] * 2)
 
 
+@pytest.mark.parametrize("option", ["per_device_train_batch_size", "num_train_epochs", "dataloader_num_workers"])
+def test_options_without_an_effect_are_errors(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        train.main([*QUICK, f"--{option}", "2"])
+    assert f"--{option} has no effect here; give " in capsys.readouterr().err
+
+
+def test_data_may_be_given_one_by_one_and_a_run_goes_on_from_any_checkpoint(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(self: Any, resume_from_checkpoint: Any = None) -> None:
+        assert [dataset.name for dataset in self.loader.datasets] == ["pairs", "pages", "text"]
+        raise InterruptedError(resume_from_checkpoint)
+
+    monkeypatch.setattr(FlamingoTrainer, "train", stop)
+    models, data = options_for(files)[:4], options_for(files)[5:]
+    words = [*QUICK, *models, *(word for each in data for word in ("--data", each)), "--output_dir", str(tmp_path)]
+    for more, expected in (([], "None"), (["--resume"], "True"), (["--resume_from_checkpoint", "here"], "here")):
+        with pytest.raises(InterruptedError, match=expected):
+            train.main([*words, *more])
+
+
 def test_models_without_data_are_an_error(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         train.main(["--language_model", str(files / "lm")])
