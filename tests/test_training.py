@@ -238,7 +238,7 @@ def test_the_stream_is_resumed_by_as_many_processes_or_not_at_all(tmp_path: Path
     stream.unlink()
     with pytest.raises(ValueError, match="written by no processes with a stream"):
         trainer.train(resume_from_checkpoint=True)
-    with pytest.raises(ValueError, match="there is no .*checkpoint-9"):
+    with pytest.raises(ValueError, match=r"there is no .*checkpoint-9"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-9"))
 
 
