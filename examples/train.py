@@ -1,7 +1,7 @@
 """Train a Flamingo on your own data: on one process, or on many.
 
     python examples/train.py --language_model HuggingFaceTB/SmolLM2-135M --vision_encoder vit_base_patch16_siglip_224 \
-        --data pairs=photos/pairs.jsonl,weight=0.2 documents=pages/ --max_steps 1000 --output_dir runs/mine
+        --data pairs=photos/pairs.jsonl,weight=0.2 documents=pages/ --warmup_steps 100 --output_dir runs/mine
 
 Options are those below and all of transformers' TrainingArguments; the defaults of the optimizer are the paper's
 (Alayrac et al. 2022, section 2.4 and appendix B.1.2). Without models and data it trains a tiny Flamingo on handwritten
@@ -77,7 +77,7 @@ class Options:
 # Defaults of TrainingArguments. A step takes gradient_accumulation_steps rounds, each of a batch of each dataset.
 DEFAULTS = {
     "output_dir": "runs/train",
-    "max_steps": 100,
+    "max_steps": 1000,
     "learning_rate": 1e-4,
     "lr_scheduler_type": "constant_with_warmup",
     "warmup_steps": 5000,
@@ -87,7 +87,7 @@ DEFAULTS = {
     "ddp_find_unused_parameters": False,  # each batch uses them all
 }
 # Those of the demonstration, which is to learn something in 100 steps.
-TINY_DEFAULTS = DEFAULTS | {"learning_rate": 3e-3, "warmup_steps": 10}
+TINY_DEFAULTS = DEFAULTS | {"max_steps": 100, "learning_rate": 3e-3, "warmup_steps": 10}
 
 # Options of TrainingArguments that a loader without an end makes useless.
 INSTEAD = {
