@@ -108,6 +108,8 @@ def document_from_text(record: dict[str, str]) -> Document:
     return Document((record["text"],))
 
 
+# What the path is, if it is no folder of pairs, by the suffixes that the sources know.
+SUFFIXES = {"tar": (".tar", ".tar.gz", ".tgz"), "jsonl": (".jsonl", ".jsonl.gz")}
 # By the kind of data, and what the path is.
 SOURCES: dict[tuple[str, str], Callable[[Path], Source]] = {
     ("documents", "tar"): TarSource,
@@ -136,7 +138,7 @@ def open_data(words: Sequence[str]) -> Sources:
         path, *pairs = rest.split(",")
         settings = dict(pair.partition("=")[::2] for pair in pairs)
         kind = settings.pop("kind", name)
-        form = next((form for form in ("tar", "jsonl") if _is_of(Path(path), form)), "folder")
+        form = next((form for form, suffixes in SUFFIXES.items() if _is_of(Path(path), suffixes)), "folder")
         if (kind, form) not in SOURCES:
             known = ", ".join(f"{kind} in {form}" for kind, form in SOURCES)
             raise ValueError(f"--data {word}: cannot read {kind} in {form}; known are {known}")
@@ -152,10 +154,10 @@ def open_data(words: Sequence[str]) -> Sources:
     return sources
 
 
-def _is_of(path: Path, form: str) -> bool:
-    """Whether a file, or those in a folder, are tar or jsonl."""
+def _is_of(path: Path, suffixes: tuple[str, ...]) -> bool:
+    """Whether a file, or one of those in a folder, ends in one of the suffixes."""
     names = [file.name for file in path.iterdir()] if path.is_dir() else [path.name]
-    return any(name.endswith((f".{form}", f".{form}.gz")) for name in names)
+    return any(name.endswith(suffixes) for name in names)
 
 
 def cache_features(

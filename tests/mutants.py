@@ -2690,6 +2690,14 @@ MUTANTS = [
         "tests/data/test_mixture.py::test_a_mixture_with_workers_goes_on_where_it_stood",
     ),
     Mutant(
+        "wrong numbers are errors before anything is read",
+        "the buffer is not looked at",
+        MIXTURE,
+        'for name in ("batch_size", "row_length", "row_media", "buffer"):',
+        'for name in ("batch_size", "row_length", "row_media"):',
+        "tests/data/test_mixture.py::test_wrong_numbers_are_errors",
+    ),
+    Mutant(
         "no document is given twice",
         "all processes read the first one's share",
         MIXTURE,

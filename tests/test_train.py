@@ -229,3 +229,11 @@ def test_models_without_data_are_an_error(files: Path, capsys: pytest.CaptureFix
     with pytest.raises(SystemExit):
         train.main(["--language_model", str(files / "lm")])
     assert "or none of them for the demonstration" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["a.tar", "a.tar.gz", "a.tgz"])
+def test_tar_files_are_known_by_each_of_their_suffixes(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).touch()
+    for path in (tmp_path, tmp_path / name):
+        ((source, _),) = train.open_data([f"documents={path}"]).values()
+        assert len(source) == 1

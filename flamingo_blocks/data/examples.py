@@ -3,13 +3,14 @@
 Source: Alayrac et al. 2022 (Flamingo), appendices A.3.1 and A.3.2.
 """
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -68,7 +69,7 @@ class ExampleMaker:
             Its `ValueError` says that this medium cannot be read; other errors end the training.
 
     Raises:
-        ValueError: If a number is out of range.
+        ValueError: If a number is out of range, or `attend` is no rule.
 
     Source: Alayrac et al. 2022, appendices A.3.1 and A.3.2. Differs from the paper: what comes before each window.
     """
@@ -107,6 +108,10 @@ class ExampleMaker:
         for name, value in (("max_media", max_media), ("max_frames", max_frames)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if not 0 < fps < math.inf:
+            raise ValueError(f"fps must be a positive number, got {fps}")
+        if attend not in get_args(Attend):
+            raise ValueError(f"attend must be one of {', '.join(map(repr, get_args(Attend)))}, got {attend!r}")
         if not 0 <= p_next <= 1:
             raise ValueError(f"p_next must be a probability, in 0..1, got {p_next}")
 

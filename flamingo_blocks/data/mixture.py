@@ -53,8 +53,10 @@ class MixtureDataset:
     buffer: int = 1000
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size of {self.name} must be at least 1, got {self.batch_size}")
+        for name in ("batch_size", "row_length", "row_media", "buffer"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} of {self.name} must be at least 1, got {value}")
         if not (math.isfinite(self.weight) and self.weight > 0):
             raise ValueError(
                 f"weight of {self.name} must be positive, got {self.weight}; leave the dataset out to give it none"

@@ -275,6 +275,7 @@ def test_a_document_without_text_is_an_error_that_names_it(parts: tuple[str | Me
         ({"max_media": 0}, "max_media must be at least 1"),
         ({"max_frames": 0}, "max_frames must be at least 1"),
         ({"p_next": 1.5}, "p_next must be a probability"),
+        ({"fps": 0.0}, "fps must be a positive number, got 0"),
     ],
 )
 def test_numbers_that_cannot_be_are_errors(options: dict[str, Any], message: str) -> None:
@@ -282,3 +283,9 @@ def test_numbers_that_cannot_be_are_errors(options: dict[str, Any], message: str
         ExampleMaker(PROCESSOR, **options)
     with pytest.raises(ValueError, match="max_tokens must be at least 4"):
         ExampleMaker(PROCESSORS[True], max_tokens=3)
+
+
+@pytest.mark.unchecked
+def test_a_rule_that_is_not_known_is_an_error() -> None:
+    with pytest.raises(ValueError, match="attend must be one of 'last', 'all_previous', 'next', got 'first'"):
+        ExampleMaker(PROCESSOR, attend="first")  # type: ignore[arg-type]

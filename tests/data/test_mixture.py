@@ -265,7 +265,14 @@ def test_a_state_of_datasets_in_another_order_is_an_error() -> None:
 def test_wrong_numbers_are_errors() -> None:
     fields: dict[str, Any] = {"name": "a", "source": source_of([1]), "make_example": make_example, "batch_size": 1}
     one = MixtureDataset(**fields)
-    for options, message in (({"batch_size": 0}, "batch_size of a"), ({"weight": 0.0}, "weight of a must be positive")):
+    numbers: list[tuple[dict[str, Any], str]] = [
+        *(
+            ({name: 0}, f"{name} of a must be at least 1, got 0")
+            for name in ("batch_size", "row_length", "row_media", "buffer")
+        ),
+        ({"weight": 0.0}, "weight of a must be positive"),
+    ]
+    for options, message in numbers:
         with pytest.raises(ValueError, match=message):
             MixtureDataset(**fields | options)
     mixture: dict[str, Any] = {"datasets": [one], "collate": collate}
