@@ -356,7 +356,7 @@ def test_what_would_not_do_what_it_says_is_refused(tmp_path: Path) -> None:
 def test_processes_that_do_not_know_of_each_other_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     alone = TrainingArguments(str(tmp_path), max_steps=1, use_cpu=True, report_to=[])
     monkeypatch.setenv("WORLD_SIZE", "2")  # so torchrun says, but without use_cpu nobody listens on CPUs
-    refuse("2 processes were started .* --use_cpu", lambda: FlamingoTrainer(make_flamingo("llama")[0], alone))
+    refuse(r"2 processes were started.*--use_cpu", lambda: FlamingoTrainer(make_flamingo("llama")[0], alone))
 
 
 class WithoutNames(TinyLoader):
