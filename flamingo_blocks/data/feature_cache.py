@@ -92,14 +92,15 @@ class FeatureCache:
             ValueError: If they are not in the cache.
             OSError: If there is no such file.
         """
-        shard = self._shard_of.get(_key(medium))
+        key = _key(medium)
+        shard = self._shard_of.get(key)
         if shard is None:
             raise ValueError(
                 f"{self._path} has no features of {_name(medium)}; write_feature_cache adds what is missing, but for "
                 "what is corrupt"
             )
         # A part of a mapped file would take the whole file along, to wherever a data worker sends it.
-        features: Tensor = shard.get_tensor(_key(medium)).clone()
+        features: Tensor = shard.get_tensor(key).clone()
         return features
 
     def __getstate__(self) -> dict[str, Any]:

@@ -393,6 +393,23 @@ def test_a_medium_that_is_not_there_is_named(parts: dict[str, Any], photographs:
         FeatureCache(tmp_path / "elsewhere", **parts)
 
 
+def test_a_medium_is_read_once_to_find_its_features(
+    parts: dict[str, Any], photographs: list[Medium], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, photographs[:1], parts)
+    cache = FeatureCache(tmp_path, **parts)
+    read: list[Medium] = []
+    digest = Medium.digest
+
+    def note(medium: Medium) -> str:
+        read.append(medium)
+        return digest(medium)
+
+    monkeypatch.setattr(Medium, "digest", note)
+    cache(photographs[0])
+    assert read == photographs[:1]
+
+
 def test_a_cache_goes_to_data_workers_and_threads(
     parts: dict[str, Any], photographs: list[Medium], tmp_path: Path
 ) -> None:
