@@ -31,7 +31,7 @@ class IndexedSource:
     Args:
         items: Anything with a length and items.
         to_document: Makes a document of an item. Where it raises an error, the item is a corrupt sample. None: the
-            items are documents.
+            items are documents, or samples that are known to be corrupt.
 
     Example:
         ```python
@@ -53,16 +53,16 @@ class IndexedSource:
         """Give one document."""
         yield read_one(lambda: self._document(shard), key=f"item {shard}")
 
-    def _document(self, index: int) -> Document:
+    def _document(self, index: int) -> Document | CorruptSample:
         item = self.items[index]
         return item if self.to_document is None else self.to_document(item)
 
 
-def read_one(read: Callable[[], Document], *, key: str) -> Document | CorruptSample:
+def read_one(read: Callable[[], Document | CorruptSample], *, key: str) -> Document | CorruptSample:
     """Read a document, or tell why it cannot be read.
 
     Args:
-        read: Gives the document, or raises.
+        read: Gives the document, or raises. A sample that is known to be corrupt is passed on.
         key: Names it.
 
     Raises:
@@ -70,6 +70,8 @@ def read_one(read: Callable[[], Document], *, key: str) -> Document | CorruptSam
     """
     try:
         document: Any = read()
+        if isinstance(document, CorruptSample):
+            return document
         if not isinstance(document, Document):
             raise ValueError(f"a document was expected, got {type(document).__name__}; pass to_document=")
         document.text.encode()  # JSON may hold halves of characters, which no tokenizer takes

@@ -86,6 +86,11 @@ def test_to_document_must_give_a_document() -> None:
     assert "a document was expected, got str; pass to_document=" in str(each)
 
 
+def test_a_sample_that_is_known_to_be_corrupt_is_passed_on() -> None:
+    samples = [Document(("a",)), CorruptSample("7", "a test")]
+    assert read(IndexedSource(samples)) == samples
+
+
 @settings(max_examples=20)
 @given(share=st.floats(0.01, 0.99))
 def test_a_truncated_compressed_file_gives_what_is_before_the_cut_and_one_corrupt_sample(share: float) -> None:
