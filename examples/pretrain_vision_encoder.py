@@ -51,6 +51,7 @@ from flamingo_blocks.data import (
     Source,
     document_from_pair,
 )
+from flamingo_blocks.data.stream import derive_seed
 
 # ---------------------------------------------------------------- data
 
@@ -66,20 +67,7 @@ def load_data(path: Path | None, held_out: int) -> tuple[Source, Source]:
         raise SystemExit(f"--held-out {held_out} leaves nothing to train on of the {len(pairs)} pairs in {path}")
     order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0)).tolist()
     train, unseen = ([pairs[i] for i in part] for part in (order[held_out:], order[:held_out]))
-    return Listed(train), Listed(unseen)
-
-
-class Listed:
-    """A source of samples at hand, one a shard, corrupt ones included."""
-
-    def __init__(self, samples: Sequence[Document | CorruptSample]) -> None:
-        self.samples = samples
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def read(self, shard: int) -> Iterator[Document | CorruptSample]:
-        yield self.samples[shard]
+    return IndexedSource(train), IndexedSource(unseen)
 
 
 def digits_source(split: tiny_world.Digits, count: int | None = None) -> Source:
@@ -125,11 +113,11 @@ class Pairs(Dataset[tuple[Tensor, str, list[CorruptSample]]]):
         epoch, position = divmod(number, len(self.source))
         if self.seed is not None:
             if epoch != self.epoch:
-                generator = torch.Generator().manual_seed(mix(self.seed, epoch))
+                generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch))
                 self.epoch, self.order = epoch, torch.randperm(len(self.source), generator=generator).tolist()
             # timm's augmentation draws from both.
-            random.seed(mix(self.seed, number))
-            torch.manual_seed(mix(self.seed, number))
+            random.seed(derive_seed(self.seed, number))
+            torch.manual_seed(derive_seed(self.seed, number))
         corrupt: list[CorruptSample] = []
         for i in range(position, position + min(self.max_corrupt + 1, len(self.source))):
             for document in self.source.read(self.order[i % len(self.source)]):
@@ -149,11 +137,6 @@ class Pairs(Dataset[tuple[Tensor, str, list[CorruptSample]]]):
             return self.transform(Image.open(medium.open()).convert("RGB")), text
         except Exception as error:  # decoders raise all kinds
             return CorruptSample(document.key, f"{type(error).__name__}: {error}")
-
-
-def mix(*numbers: int) -> int:
-    """Make one seed of numbers. torch's generator of the CPU takes 32 bits of it."""
-    return hash(numbers) % 2**32
 
 
 class Collate:
@@ -290,7 +273,7 @@ def train(arguments: argparse.Namespace, rank: int, processes: int, device: torc
     start, losses, recalls = 0, list[float](), dict[int, float]()
     checkpoint, unfinished = out / "checkpoint.pt", out / "checkpoint.unfinished"
     if checkpoint.exists():
-        state = torch.load(checkpoint, map_location=device)
+        state = torch.load(checkpoint, map_location=device, weights_only=True)
         if state["run"] != run:
             raise SystemExit(f"{checkpoint} is of a run with other options; give another --out, or remove it")
         model.load_state_dict(state["model"])
@@ -306,7 +289,7 @@ def train(arguments: argparse.Namespace, rank: int, processes: int, device: torc
     mixed_precision = torch.autocast(device.type, torch.bfloat16, enabled=arguments.precision == "bf16")
     progress = tqdm(batches, "vision encoder", initial=start, total=arguments.steps, disable=rank > 0)
     for step, batch in enumerate(progress, start + 1):
-        torch.manual_seed(mix(arguments.seed, step, rank))  # of dropout
+        torch.manual_seed(derive_seed(arguments.seed, step, rank))  # of dropout
         with mixed_precision:
             loss = trained(batch)
         loss.backward()

@@ -122,7 +122,7 @@ def processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two processes finds in all cases."""
     folder = tmp_path_factory.mktemp("processes")
     spawn(tiny_contrastive.main, (str(folder),), nprocs=tiny_contrastive.PROCESSES)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(tiny_contrastive.PROCESSES)]
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(tiny_contrastive.PROCESSES)]
 
 
 @pytest.mark.parametrize("name", tiny_contrastive.CASES)
