@@ -236,9 +236,9 @@ def tiny_data() -> Sources:
 def main(words: Sequence[str] | None = None) -> FlamingoForConditionalGeneration:
     """Train, and save the model."""
     parser: Any = HfArgumentParser([Options, TrainingArguments], description="Train a Flamingo.")  # type: ignore[list-item]
-    options, *_ = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
-    is_tiny = not options.data
-    if len({is_tiny, options.language_model is None, options.vision_encoder is None}) > 1:
+    given, _ = parser.parse_known_args(words)
+    is_tiny = not given.data
+    if len({is_tiny, given.language_model is None, given.vision_encoder is None}) > 1:
         parser.error("give --language_model, --vision_encoder and --data, or none of them for the demonstration")
     parser.set_defaults(**TINY_DEFAULTS if is_tiny else DEFAULTS)
     options, arguments = parser.parse_args_into_dataclasses(words)
