@@ -73,6 +73,8 @@ LAYERS = [
     "data.interleaved",
     "data.feature_cache",
     "data",
+    "evaluation.prompts",
+    "evaluation",
     "",
 ]
 MAY_ALSO_IMPORT = {
