@@ -24,7 +24,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +63,9 @@ from tiny_world import (
     write_entries,
 )
 
-# Arguments of timm.create_model, which makes the backbone again from them when the model is loaded.
-NFNET: dict[str, Any] = {
+# Architecture and arguments of timm.create_model, which makes the backbone again from them when the model is loaded.
+NFNET = "nfnet_f0"
+NFNET_ARGUMENTS: dict[str, Any] = {
     "depths": [1, 1, 1, 1],
     "channels": [32, 64, 96, 128],
     "stem_type": "deep_quad",
@@ -133,15 +134,23 @@ def learning_rate(step: int, steps: int) -> float:
 # ---------------------------------------------------------------- stage 1: the vision encoder
 
 
-def pretrain_vision_encoder(train: Digits, steps: int, path: Path, device: str) -> None:
-    """Train an NFNet to tell which caption goes with which image, and save it as timm does."""
+def pretrain_vision_encoder(
+    train: Digits,
+    steps: int,
+    path: Path,
+    device: str,
+    *,
+    architecture: str = NFNET,
+    arguments: Mapping[str, Any] = NFNET_ARGUMENTS,
+) -> None:
+    """Train a backbone of timm to tell which caption goes with which image, and save it as timm does."""
     overlay = {"input_size": (1, IMAGE_SIZE, IMAGE_SIZE), "mean": (MEAN,), "std": (STD,), "crop_pct": 1.0}
-    nfnet: Any = timm.create_model("nfnet_f0", pretrained_cfg_overlay=overlay, **NFNET)
+    backbone: Any = timm.create_model(architecture, pretrained_cfg_overlay=overlay, **arguments)
     width = 64
-    image_head = nn.Linear(nfnet.num_features, width)
+    image_head = nn.Linear(backbone.num_features, width)
     text_tower = nn.Sequential(nn.EmbeddingBag(len(VOCABULARY), width), nn.GELU(), nn.Linear(width, width))
     contrastive_loss = ContrastiveLoss(temperature=0.1)
-    model = nn.ModuleList([nfnet, image_head, text_tower, contrastive_loss]).to(device)
+    model = nn.ModuleList([backbone, image_head, text_tower, contrastive_loss]).to(device)
     descent = Descent(model, steps, muon=False, weight_decay=0.05)
     images = orient_all(train.pixel_values)
     progress = trange(steps, desc="1/4 vision encoder ")
@@ -151,11 +160,12 @@ def pretrain_vision_encoder(train: Digits, steps: int, path: Path, device: str) 
         captions = caption(digits, end=TOKEN["."], orientations=orientations)
         is_same = (captions[:, None] == captions).all(-1)
         pixel_values = jitter(images[batch, orientations]).to(device)
-        image_embeddings = image_head(nfnet.forward_features(pixel_values).mean((2, 3)))
+        features = backbone.forward_features(pixel_values)  # of a grid, or of patches in a row
+        image_embeddings = image_head(features.mean((2, 3) if features.ndim == 4 else 1))
         loss = contrastive_loss(image_embeddings, text_tower(captions.to(device)), is_same.to(device))
         descent.step(loss)
         progress.set_postfix(loss=f"{loss.item():.3f}")
-    save_for_hf(nfnet, str(path), model_args=NFNET, safe_serialization=True)
+    save_for_hf(backbone, str(path), model_args=dict(arguments), safe_serialization=True)
 
 
 def jitter(images: Tensor) -> Tensor:
@@ -171,42 +181,50 @@ def jitter(images: Tensor) -> Tensor:
 # ---------------------------------------------------------------- stage 2: the language model
 
 
-def pretrain_language_model(steps: int, path: Path, device: str) -> None:
-    """Train a Llama on text alone, and save it with its tokenizer.
-
-    What it must learn is to find a name again that stood earlier in the text: what Flamingo will use images for. Large
-    language models learn that from web-scale text. Here the endings help, which agree with the word before the last and
-    so teach the first half of it, to look back.
-    """
-    config = LlamaConfig(
+def make_language_model_config(*, layers: int = 4, width: int = 96) -> LlamaConfig:
+    """Describe a small Llama of the made-up language."""
+    return LlamaConfig(
         vocab_size=len(VOCABULARY),
-        hidden_size=96,
-        intermediate_size=192,
-        num_hidden_layers=4,
-        num_attention_heads=3,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 32,
         max_position_embeddings=256,
         tie_word_embeddings=True,
         pad_token_id=TOKEN["<pad>"],
         bos_token_id=TOKEN["<bos>"],
         eos_token_id=TOKEN["<eos>"],
     )
-    lm: Any = LlamaForCausalLM(config)
+
+
+def pretrain_language_model(steps: int, path: Path, device: str, *, config: LlamaConfig | None = None) -> None:
+    """Train a Llama on text alone, and save it with its tokenizer.
+
+    What it must learn is to find a name again that stood earlier in the text: what Flamingo will use images for. Large
+    language models learn that from web-scale text. Here the endings help, which agree with the word before the last and
+    so teach the first half of it, to look back.
+    """
+    lm: Any = LlamaForCausalLM(make_language_model_config() if config is None else config)
     lm.to(device)
     descent = Descent(lm, steps, weight_decay=0.01)
     progress = trange(steps, desc="2/4 language model ")
     for step in progress:
         # Every fourth time longer texts, so that prompts may be longer, too.
-        rows, length = (32, 20) if step % 4 == 0 else (64, 10)
-        entries, can_be_known = (tensor.to(device) for tensor in write_entries(rows, entries=length))
-        captions = write_captions(16).to(device)
-        of_entries = next_word_loss(lm, entries)
-        # Names that can be known, and the endings, have terms of their own: they are few among all words.
-        names, endings = of_entries[:, 1::3][can_be_known], of_entries[:, 2::3]
-        loss = of_entries.mean() + names.mean() + endings.mean() + 0.3 * next_word_loss(lm, captions).mean()
+        loss = text_loss(lm, *((32, 20) if step % 4 == 0 else (64, 10)))
         descent.step(loss)
         progress.set_postfix(loss=f"{loss.item():.3f}")
     lm.save_pretrained(path)
     make_tokenizer().save_pretrained(path)
+
+
+def text_loss(lm: Any, rows: int, entries: int) -> Tensor:
+    """Give the loss of texts of the made-up language, so many rows of entries and some captions."""
+    text, can_be_known = (tensor.to(lm.device) for tensor in write_entries(rows, entries=entries))
+    captions = write_captions(16).to(lm.device)
+    of_entries = next_word_loss(lm, text)
+    # Names that can be known, and the endings, have terms of their own: they are few among all words.
+    names, endings = of_entries[:, 1::3][can_be_known], of_entries[:, 2::3]
+    return of_entries.mean() + names.mean() + endings.mean() + 0.3 * next_word_loss(lm, captions).mean()
 
 
 def next_word_loss(lm: Any, text: Tensor) -> Tensor:
@@ -230,7 +248,6 @@ def train_flamingo(
         digits: Digits that may occur.
         steps: Number of steps.
     """
-    tokens = tokens_of(model)
     images = torch.isin(train.digits, torch.tensor(digits)).nonzero().squeeze(-1)
     descent = Descent(model, steps)
     gates = [gates_of(model)]
@@ -238,16 +255,27 @@ def train_flamingo(
     progress = trange(steps, desc="3/4 Flamingo       ")
     for _ in progress:
         # As in the paper, a batch of each kind of data for each step, weighted.
-        names, features = draw_episodes(train, characters, digits, 32)
-        loss = loss_of(model, tokens.interleave(names), features)
-        batch = images[torch.randint(len(images), (32,))]
-        text = torch.cat([tokens.begin(32), caption(train.digits[batch], end=tokens.end_of_chunk)], dim=1)
-        loss = loss + 0.3 * loss_of(model, text, train.features[batch, :1])
+        loss = episodes_loss(model, train, characters, digits) + 0.3 * captions_loss(model, train, images)
         descent.step(loss)
         gates.append(gates_of(model))
         progress.set_postfix(loss=f"{loss.item():.3f}")
     model.train(False)
     return gates
+
+
+def episodes_loss(
+    model: FlamingoForConditionalGeneration, train: Features, characters: Tensor, digits: list[int], rows: int = 32
+) -> Tensor:
+    """Give the loss of texts in which images get names."""
+    names, features = draw_episodes(train, characters, digits, rows)
+    return loss_of(model, tokens_of(model).interleave(names), features)
+
+
+def captions_loss(model: FlamingoForConditionalGeneration, train: Features, images: Tensor, rows: int = 32) -> Tensor:
+    """Give the loss of captions of some of the images."""
+    tokens, batch = tokens_of(model), images[torch.randint(len(images), (rows,))]
+    text = torch.cat([tokens.begin(rows), caption(train.digits[batch], end=tokens.end_of_chunk)], dim=1)
+    return loss_of(model, text, train.features[batch, :1])
 
 
 def loss_of(model: FlamingoForConditionalGeneration, input_ids: Tensor, features: Tensor) -> Tensor:
