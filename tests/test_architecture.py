@@ -74,6 +74,8 @@ LAYERS = [
     "data.feature_cache",
     "data",
     "evaluation.prompts",
+    "evaluation.annotations",
+    "evaluation.benchmarks",
     "evaluation",
     "",
 ]

@@ -13,7 +13,7 @@ from typing import Any, Literal, no_type_check
 from flamingo_blocks.data.document import CorruptSample, Document, Medium
 from flamingo_blocks.data.source import read_one
 
-_IMAGE_SUFFIXES = frozenset({"avif", "bmp", "gif", "jpeg", "jpg", "png", "tif", "tiff", "webp"})
+IMAGE_SUFFIXES = frozenset({"avif", "bmp", "gif", "jpeg", "jpg", "png", "tif", "tiff", "webp"})
 
 
 def pair_from_sample(sample: Mapping[str, Any], *, caption_field: str | None = None) -> Document:
@@ -161,7 +161,7 @@ def _pair(medium: Medium, text: Any, *, key: str) -> Document:
 def _kind(suffix: str) -> Literal["image", "video"] | None:
     from flamingo_blocks.video import has_video_suffix  # which needs more than torch
 
-    if suffix.lower() in _IMAGE_SUFFIXES:
+    if suffix.lower() in IMAGE_SUFFIXES:
         return "image"
     return "video" if has_video_suffix(f"file.{suffix}") else None
 

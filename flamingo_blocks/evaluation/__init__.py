@@ -3,6 +3,18 @@
 Source: Alayrac et al. 2022 (Flamingo), section 2.5 and appendix A.2.
 """
 
+from flamingo_blocks.evaluation.annotations import (
+    read_coco_captions,
+    read_examples,
+    read_hateful_memes,
+    read_image_folder,
+    read_karpathy,
+    read_text_vqa,
+    read_vizwiz,
+    read_vqa,
+    write_examples,
+)
+from flamingo_blocks.evaluation.benchmarks import BENCHMARKS, Benchmark, read_benchmark
 from flamingo_blocks.evaluation.prompts import (
     CAPTIONING,
     CLASSIFICATION,
@@ -15,12 +27,24 @@ from flamingo_blocks.evaluation.prompts import (
 )
 
 __all__ = [
+    "BENCHMARKS",
     "CAPTIONING",
     "CLASSIFICATION",
     "HATEFUL_MEMES",
     "VQA",
+    "Benchmark",
     "Example",
     "Prompt",
     "Template",
+    "read_benchmark",
+    "read_coco_captions",
+    "read_examples",
+    "read_hateful_memes",
+    "read_image_folder",
+    "read_karpathy",
+    "read_text_vqa",
+    "read_vizwiz",
+    "read_vqa",
+    "write_examples",
     "write_prompt",
 ]
