@@ -74,6 +74,9 @@ LAYERS = [
     "data.feature_cache",
     "data",
     "evaluation.prompts",
+    "evaluation.support",
+    "evaluation.rices",
+    "evaluation.generation",
     "evaluation",
     "",
 ]
@@ -100,6 +103,7 @@ MAY_ALSO_IMPORT = {
     "convert.mllama": {"transformers"},
     "data.records": {"pyarrow"},
     "data.feature_cache": {"safetensors", "tqdm"},
+    "evaluation.rices": {"safetensors", "tqdm"},
 }
 
 

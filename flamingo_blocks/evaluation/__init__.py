@@ -3,6 +3,7 @@
 Source: Alayrac et al. 2022 (Flamingo), section 2.5 and appendix A.2.
 """
 
+from flamingo_blocks.evaluation.generation import generate_answers
 from flamingo_blocks.evaluation.prompts import (
     CAPTIONING,
     CLASSIFICATION,
@@ -13,6 +14,8 @@ from flamingo_blocks.evaluation.prompts import (
     Template,
     write_prompt,
 )
+from flamingo_blocks.evaluation.rices import RicesSupport, media_vectors
+from flamingo_blocks.evaluation.support import FixedSupport, RandomSupport, SupportSelector, permutations
 
 __all__ = [
     "CAPTIONING",
@@ -20,7 +23,14 @@ __all__ = [
     "HATEFUL_MEMES",
     "VQA",
     "Example",
+    "FixedSupport",
     "Prompt",
+    "RandomSupport",
+    "RicesSupport",
+    "SupportSelector",
     "Template",
+    "generate_answers",
+    "media_vectors",
+    "permutations",
     "write_prompt",
 ]
