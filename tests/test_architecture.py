@@ -76,6 +76,9 @@ LAYERS = [
     "evaluation.prompts",
     "evaluation.annotations",
     "evaluation.benchmarks",
+    "evaluation.support",
+    "evaluation.rices",
+    "evaluation.generation",
     "evaluation",
     "",
 ]
@@ -102,6 +105,7 @@ MAY_ALSO_IMPORT = {
     "convert.mllama": {"transformers"},
     "data.records": {"pyarrow"},
     "data.feature_cache": {"safetensors", "tqdm"},
+    "evaluation.rices": {"safetensors", "tqdm"},
 }
 
 

@@ -308,7 +308,7 @@ def _fingerprint(vision_encoder: nn.Module, image_processor: Any, fps: int | flo
     return {
         "format": str(_FORMAT),
         "architecture": f"{name} {hashlib.sha256(repr(backbone).encode()).hexdigest()[:16]}",
-        "weights": _hash_tensors(backbone.state_dict()),
+        "weights": hash_tensors(backbone.state_dict()),
         "dtype": str(next(backbone.parameters(), torch.empty(0)).dtype),
         **{option: str(getattr(encoder, option)) for option in options},
         **{
@@ -320,7 +320,15 @@ def _fingerprint(vision_encoder: nn.Module, image_processor: Any, fps: int | flo
     }
 
 
-def _hash_tensors(tensors: dict[str, Any]) -> str:
+def hash_tensors(tensors: dict[str, Any]) -> str:
+    """Give a SHA-256 of a state_dict, to the last bit.
+
+    Args:
+        tensors: By their names.
+
+    Raises:
+        ValueError: If a tensor is on the meta device, so that it has no numbers.
+    """
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         if not isinstance(tensor, Tensor):  # a module's extra state

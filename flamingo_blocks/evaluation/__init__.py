@@ -15,6 +15,7 @@ from flamingo_blocks.evaluation.annotations import (
     write_examples,
 )
 from flamingo_blocks.evaluation.benchmarks import BENCHMARKS, Benchmark, read_benchmark
+from flamingo_blocks.evaluation.generation import generate_answers
 from flamingo_blocks.evaluation.prompts import (
     CAPTIONING,
     CLASSIFICATION,
@@ -25,6 +26,8 @@ from flamingo_blocks.evaluation.prompts import (
     Template,
     write_prompt,
 )
+from flamingo_blocks.evaluation.rices import RicesSupport, media_vectors
+from flamingo_blocks.evaluation.support import FixedSupport, RandomSupport, SupportSelector, permutations
 
 __all__ = [
     "BENCHMARKS",
@@ -34,8 +37,15 @@ __all__ = [
     "VQA",
     "Benchmark",
     "Example",
+    "FixedSupport",
     "Prompt",
+    "RandomSupport",
+    "RicesSupport",
+    "SupportSelector",
     "Template",
+    "generate_answers",
+    "media_vectors",
+    "permutations",
     "read_benchmark",
     "read_coco_captions",
     "read_examples",
