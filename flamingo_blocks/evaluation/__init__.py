@@ -15,6 +15,7 @@ from flamingo_blocks.evaluation.annotations import (
     write_examples,
 )
 from flamingo_blocks.evaluation.benchmarks import BENCHMARKS, Benchmark, read_benchmark
+from flamingo_blocks.evaluation.classification import roc_auc, top_1
 from flamingo_blocks.evaluation.generation import generate_answers
 from flamingo_blocks.evaluation.prompts import (
     CAPTIONING,
@@ -28,6 +29,7 @@ from flamingo_blocks.evaluation.prompts import (
 )
 from flamingo_blocks.evaluation.rices import RicesSupport, media_vectors
 from flamingo_blocks.evaluation.support import FixedSupport, RandomSupport, SupportSelector, permutations
+from flamingo_blocks.evaluation.vqa import normalize_answer, vqa_accuracy
 
 __all__ = [
     "BENCHMARKS",
@@ -45,6 +47,7 @@ __all__ = [
     "Template",
     "generate_answers",
     "media_vectors",
+    "normalize_answer",
     "permutations",
     "read_benchmark",
     "read_coco_captions",
@@ -55,6 +58,9 @@ __all__ = [
     "read_text_vqa",
     "read_vizwiz",
     "read_vqa",
+    "roc_auc",
+    "top_1",
+    "vqa_accuracy",
     "write_examples",
     "write_prompt",
 ]
