@@ -115,6 +115,20 @@ def test_answers_end_at_the_end_of_a_chunk_where_the_model_does_not_know_of_it(n
     assert generate_answers(model, processor, PROMPTS, num_beams=num_beams, max_new_tokens=TOKENS) == expected
 
 
+def test_answers_end_at_each_of_the_ends_that_the_model_has() -> None:
+    model, processor = flamingo()
+    options: dict[str, Any] = {"num_beams": 1, "max_new_tokens": TOKENS}
+    answers = [answer.split() for answer in generate_answers(model, processor, PROMPTS, **options)]
+    ends = [next(answer[2] for answer in answers if len(answer) > 2), next(answer[0] for answer in answers if answer)]
+    expected = [
+        " ".join(answer[: min([i for i, word in enumerate(answer) if word in ends], default=len(answer))])
+        for answer in answers
+    ]
+    model.generation_config.eos_token_id = processor.tokenizer.convert_tokens_to_ids(["<eos>", *ends])
+    assert generate_answers(model, processor, PROMPTS, **options) == expected
+    assert len({*map(len, expected)}) > 1
+
+
 def test_a_model_that_never_ends_is_cut_off() -> None:
     model, processor = flamingo(likely_end=-1e3)
     model.generation_config.eos_token_id = None
@@ -192,13 +206,13 @@ def test_an_end_that_is_just_text_ends_the_answer() -> None:
     """Of one letter or several, wherever it comes first. The letter behind must not change what is before."""
     model, tokenizer = letters()
     texts = ["Question: what? Answer:", "And who?", "Q"]
-    whole = generate_answers(model, tokenizer, [make_prompt(text) for text in texts], num_beams=1, max_new_tokens=24)
-    assert all(len(answer) == 24 for answer in whole)
-    for end in (whole[0][5], whole[0][7:9], whole[1][3:6], whole[2][10:13], END):
+    whole = generate_answers(model, tokenizer, [make_prompt(text) for text in texts], num_beams=1, max_new_tokens=14)
+    assert all(len(answer) == 14 for answer in whole)
+    for end in (whole[0][5], whole[1][3:6], whole[2][10:12], END):
         prompts = [make_prompt(text, end=end) for text in texts]
         expected = [answer.partition(end)[0] for answer in whole]
         for batch_size in (1, 3):
-            options: dict[str, Any] = {"num_beams": 1, "max_new_tokens": 24, "batch_size": batch_size}
+            options: dict[str, Any] = {"num_beams": 1, "max_new_tokens": 14, "batch_size": batch_size}
             assert generate_answers(model, tokenizer, prompts, **options) == expected
 
 
@@ -207,7 +221,7 @@ def test_beams_end_at_an_end_that_is_just_text() -> None:
     model, tokenizer = letters()
     texts = ["Question: what? Answer:", "And who?", "Q"]
     whole = generate_answers(model, tokenizer, [make_prompt(text) for text in texts], max_new_tokens=12)
-    end = whole[0][3]
+    end = whole[0][-1]
     prompts = [make_prompt(text, end=end) for text in texts]
     expected = []
     for prompt in prompts:
@@ -221,7 +235,7 @@ def test_beams_end_at_an_end_that_is_just_text() -> None:
             eos_token_id=[1, tokenizer.convert_tokens_to_ids(end)],
         )[0, inputs["input_ids"].shape[1] :]
         expected.append(tokenizer.decode(ids, skip_special_tokens=True).partition(end)[0])
-    assert any(len(answer) < 12 for answer in expected)
+    assert expected != [answer.partition(end)[0] for answer in whole], "else this tests nothing"
     for batch_size in (1, 3):
         assert generate_answers(model, tokenizer, prompts, max_new_tokens=12, batch_size=batch_size) == expected
 

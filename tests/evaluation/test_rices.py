@@ -202,6 +202,22 @@ def test_vectors_in_a_file_are_read_and_not_made_again(examples: list[Example], 
     assert [file.name for file in tmp_path.iterdir()] == ["vectors.safetensors"]
 
 
+def test_vectors_of_media_in_memory_can_be_in_a_file(files: list[str], tmp_path: Path) -> None:
+    """Frames of a video among them, in memory or in files."""
+    model, processor = make_flamingo()
+    images = [Image.open(file) for file in files[:3]]
+    media: list[Any] = [images[0], images[1:], files[1:3]]
+    examples = [Example(f"key {i}", (medium,), ("?",)) for i, medium in enumerate(media)]
+    frames = count_frames(model.vision_encoder)
+    options: dict[str, Any] = {"path": tmp_path / "vectors.safetensors", "progress": False}
+    written, read = (media_vectors(model, processor, examples, **options) for _ in range(2))
+    assert frames() == 1 + 2 + 2
+    assert all(torch.equal(read[key], vector) for key, vector in written.items())
+    torch.testing.assert_close(written["key 1"], written["key 2"])
+    with pytest.raises(ValueError, match="examples is"):
+        media_vectors(model, processor, [*examples[:2], Example("key 2", (files[:2],), ("?",))], **options)
+
+
 def another_weight(parts: dict[str, Any]) -> None:
     parameter = list(parts["model"].vision_encoder.parameters())[-1]
     parameter.data.view(-1)[-1] += 2**-20

@@ -144,7 +144,7 @@ def test_the_examples_of_fewer_shots_are_those_next_to_the_query(make: Any) -> N
 @pytest.mark.parametrize("make", [RandomSupport, FixedSupport])
 def test_each_ordered_pair_is_drawn_equally_often(make: Any) -> None:
     """A law of large numbers, with the bound of five standard deviations."""
-    select, times = make(make_examples(6)), 3000
+    select, times = make(make_examples(6)), 1200
     counts = Counter(
         tuple(keys(select(Example(str(i), (), ("?",)), shots=2, seed=0 if make is RandomSupport else i)))
         for i in range(times)
