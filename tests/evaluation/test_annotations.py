@@ -335,6 +335,14 @@ def test_questions_and_annotations_must_be_of_one_split_and_not_be_exchanged(tmp
         read_vqa(questions, annotations, tmp_path / "val2014")
 
 
+@pytest.mark.parametrize("name", ["vqa", "vqa questions", "text_vqa", "karpathy", "coco"])
+def test_a_list_without_a_name_is_another_file(tmp_path: Path, name: str) -> None:
+    write, file, read = READERS[name]
+    tiny.write_json(write(tmp_path) / file, [{"image": "x.jpg", "question": "?", "answers": []}])
+    with pytest.raises(ValueError, match=rf'{file} must have a list "\w+", got a list; is it another file\?'):
+        read(tmp_path)
+
+
 def test_an_unknown_split_is_told_with_those_that_there_are(tmp_path: Path) -> None:
     tiny.write_karpathy(tmp_path, "flickr30k")
     with pytest.raises(ValueError, match=r"no images of the split \['restval'\]; .* \['test', 'train', 'val'\]"):
