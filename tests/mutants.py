@@ -90,6 +90,8 @@ PROMPTS = "flamingo_blocks/evaluation/prompts.py"
 SUPPORT = "flamingo_blocks/evaluation/support.py"
 RICES = "flamingo_blocks/evaluation/rices.py"
 ANSWERS = "flamingo_blocks/evaluation/generation.py"
+ANNOTATIONS = "flamingo_blocks/evaluation/annotations.py"
+BENCHMARKS = "flamingo_blocks/evaluation/benchmarks.py"
 
 MUTANTS = [
     Mutant(
@@ -2812,6 +2814,118 @@ MUTANTS = [
         "    meta = _META_CHARSET.search(html, 0, 2048)",
         "    meta = None",
         "tests/data/test_html.py::test_bytes_are_decoded_as_they_say",
+    ),
+    Mutant(
+        "VQA's images are found by COCO's names",
+        "numbers are not padded",
+        ANNOTATIONS,
+        "{number:012d}",
+        "{number}",
+        "tests/evaluation/test_annotations.py::test_vqav2_joins_questions_with_their_annotations_and_images_by_number",
+    ),
+    Mutant(
+        "VQAv2 shows the answer that its file chose",
+        "the most frequent answer is always shown",
+        ANNOTATIONS,
+        "if chosen in entry else",
+        "if False else",
+        "tests/evaluation/test_annotations.py::test_vqav2_joins_questions_with_their_annotations_and_images_by_number",
+    ),
+    Mutant(
+        "OK-VQA has the answers that the official evaluation compares with",
+        "answers are not the stemmed ones",
+        ANNOTATIONS,
+        '_get(answer, "answer", str)',
+        '_get(answer, "raw_answer" if "raw_answer" in answer else "answer", str)',
+        "tests/evaluation/test_annotations.py::test_okvqa_has_the_stemmed_answers_and_shows_the_most_frequent_one_or_the_first_of_several",
+    ),
+    Mutant(
+        "of answers that are as frequent the first is shown",
+        "the last one is",
+        ANNOTATIONS,
+        "max(answers, key",
+        "max(answers[::-1], key",
+        "tests/evaluation/test_annotations.py::test_okvqa_has_the_stemmed_answers_and_shows_the_most_frequent_one_or_the_first_of_several",
+    ),
+    Mutant(
+        "COCO's `restval` is read where it is asked for",
+        "`restval` is part of every split",
+        ANNOTATIONS,
+        "if part not in wanted:",
+        'if part not in wanted | {"restval"}:',
+        "tests/evaluation/test_annotations.py::test_karpathys_splits_of_coco_are_those_of_the_file",
+    ),
+    Mutant(
+        "hateful memes are answered with yes",
+        "with no",
+        ANNOTATIONS,
+        '{0: "no", 1: "yes"}',
+        '{0: "yes", 1: "no"}',
+        "tests/evaluation/test_annotations.py::test_hateful_memes_are_answered_with_yes_or_no",
+    ),
+    Mutant(
+        "media are found by listing their folders",
+        "each file is looked for",
+        ANNOTATIONS,
+        "if medium.name not in names[medium.parent]",
+        "if not medium.exists()",
+        "tests/evaluation/test_annotations.py::test_media_are_found_by_listing_each_folder_once",
+    ),
+    Mutant(
+        "where all media are missing there is an error",
+        "no example is given without a word",
+        ANNOTATIONS,
+        "not (skip_missing and found)",
+        "not skip_missing",
+        "tests/evaluation/test_annotations.py::test_missing_media_are_counted_and_named_or_their_examples_left_out",
+    ),
+    Mutant(
+        "keys are unique",
+        "the later example replaces the earlier one",
+        ANNOTATIONS,
+        "        if key in found:",
+        "        if False:",
+        "tests/evaluation/test_annotations.py::test_keys_are_unique",
+    ),
+    Mutant(
+        "written examples are read again",
+        "lines end where Python's `splitlines` ends them",
+        ANNOTATIONS,
+        "for number, line in enumerate(file, 1):",
+        "for number, line in enumerate(file.read().decode().splitlines(), 1):",
+        "tests/evaluation/test_annotations.py::test_written_examples_are_read_again",
+    ),
+    Mutant(
+        "names that no line has are told",
+        "they are taken for comments",
+        ANNOTATIONS,
+        "if unknown := sorted(set(entry) - names):",
+        "if unknown := sorted(set(entry) - set(entry)):",
+        "tests/evaluation/test_annotations.py::test_a_line_of_another_form_is_told",
+    ),
+    Mutant(
+        "queries of COCO are of Karpathy's test split",
+        "of the validation split",
+        BENCHMARKS,
+        '_karpathy("dataset_coco.json", ".", "test")',
+        '_karpathy("dataset_coco.json", ".", "val")',
+        "tests/evaluation/test_benchmarks.py::test_a_benchmark_is_read_from_its_official_files",
+    ),
+    Mutant(
+        "no example is support and query",
+        "it is not checked",
+        BENCHMARKS,
+        "for example in self.support if example.key in asked]",
+        "for example in self.support if example.key in ()]",
+        "tests/evaluation/test_benchmarks.py::test_no_example_is_support_and_query",
+    ),
+    Mutant(
+        "candidates are the classes of both splits",
+        "of the support",
+        BENCHMARKS,
+        "for example in (*support, *queries)",
+        "for example in support",
+        "tests/evaluation/test_benchmarks.py::test_candidates_are_the_classes_of_both_splits",
     ),
     Mutant(
         "a prompt and a right answer are the examples written out",

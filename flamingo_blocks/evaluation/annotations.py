@@ -396,7 +396,7 @@ def _lines(path: Path) -> dict[int, Any]:
 
 def _listed(path: Path, content: Any, name: str | None) -> dict[int, Any]:
     """Number the entries of a list: of the one with this name or, without a name, of the content itself."""
-    entries = content.get(name) if name is not None and isinstance(content, dict) else content
+    entries = content if name is None else content.get(name) if isinstance(content, dict) else None
     if not isinstance(entries, list):
         expected = "be a list" if name is None else f'have a list "{name}"'
         found = f"the names {sorted(content)}" if isinstance(content, dict) else f"a {type(content).__name__}"

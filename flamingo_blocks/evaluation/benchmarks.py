@@ -162,8 +162,8 @@ def read_benchmark(name: str, root: str | Path, *, skip_missing: bool = False) -
     Raises:
         ValueError: If there is no such benchmark, a file is missing, or one cannot be read.
 
-    Source: Alayrac et al. 2022, section 2.5: support is of the training split. Differs from the paper: queries are of
-    splits whose answers are public, as in OpenFlamingo, not of those that a server scores.
+    Source: Alayrac et al. 2022, section 2.5. Differs from the paper: queries are of splits whose answers are public (of
+    VQAv2 and VizWiz the validation split, as in OpenFlamingo), not of those that a server scores.
     """
     if name not in _RECIPES:
         raise ValueError(f"name must be one of {', '.join(BENCHMARKS)}, got {name!r}")
