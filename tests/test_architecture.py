@@ -79,7 +79,14 @@ LAYERS = [
     "evaluation.support",
     "evaluation.rices",
     "evaluation.generation",
+    "evaluation.vqa",
+    "evaluation.ptb_tokenizer",
+    "evaluation.cider",
+    "evaluation.classification",
+    "evaluation.answers",
+    "evaluation.few_shot",
     "evaluation",
+    "evaluation.__main__",
     "",
 ]
 MAY_ALSO_IMPORT = {
@@ -105,6 +112,8 @@ MAY_ALSO_IMPORT = {
     "convert.mllama": {"transformers"},
     "data.records": {"pyarrow"},
     "data.feature_cache": {"safetensors", "tqdm"},
+    "evaluation.few_shot": {"matplotlib"},
+    "evaluation.__main__": {"tqdm", "transformers"},
     "evaluation.rices": {"safetensors", "tqdm"},
 }
 

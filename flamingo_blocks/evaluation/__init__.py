@@ -14,7 +14,9 @@ from flamingo_blocks.evaluation.annotations import (
     read_vqa,
     write_examples,
 )
+from flamingo_blocks.evaluation.answers import Answer, AnswerLog
 from flamingo_blocks.evaluation.benchmarks import BENCHMARKS, Benchmark, read_benchmark
+from flamingo_blocks.evaluation.cider import cider
 from flamingo_blocks.evaluation.classification import roc_auc, top_1
 from flamingo_blocks.evaluation.generation import generate_answers
 from flamingo_blocks.evaluation.prompts import (
@@ -27,6 +29,7 @@ from flamingo_blocks.evaluation.prompts import (
     Template,
     write_prompt,
 )
+from flamingo_blocks.evaluation.ptb_tokenizer import tokenize_caption
 from flamingo_blocks.evaluation.rices import RicesSupport, media_vectors
 from flamingo_blocks.evaluation.support import FixedSupport, RandomSupport, SupportSelector, permutations
 from flamingo_blocks.evaluation.vqa import normalize_answer, vqa_accuracy
@@ -37,6 +40,8 @@ __all__ = [
     "CLASSIFICATION",
     "HATEFUL_MEMES",
     "VQA",
+    "Answer",
+    "AnswerLog",
     "Benchmark",
     "Example",
     "FixedSupport",
@@ -45,6 +50,7 @@ __all__ = [
     "RicesSupport",
     "SupportSelector",
     "Template",
+    "cider",
     "generate_answers",
     "media_vectors",
     "normalize_answer",
@@ -59,6 +65,7 @@ __all__ = [
     "read_vizwiz",
     "read_vqa",
     "roc_auc",
+    "tokenize_caption",
     "top_1",
     "vqa_accuracy",
     "write_examples",
