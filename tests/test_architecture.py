@@ -74,6 +74,7 @@ LAYERS = [
     "data.feature_cache",
     "data",
     "evaluation.prompts",
+    "evaluation.ranking",
     "evaluation",
     "",
 ]

@@ -13,6 +13,7 @@ from flamingo_blocks.evaluation.prompts import (
     Template,
     write_prompt,
 )
+from flamingo_blocks.evaluation.ranking import LengthNormalization, score_candidates
 
 __all__ = [
     "CAPTIONING",
@@ -20,7 +21,9 @@ __all__ = [
     "HATEFUL_MEMES",
     "VQA",
     "Example",
+    "LengthNormalization",
     "Prompt",
     "Template",
+    "score_candidates",
     "write_prompt",
 ]
