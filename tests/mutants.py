@@ -99,6 +99,7 @@ CIDER = "flamingo_blocks/evaluation/cider.py"
 PTB_TOKENIZER = "flamingo_blocks/evaluation/ptb_tokenizer.py"
 CLASSIFICATION = "flamingo_blocks/evaluation/classification.py"
 ABLATIONS = "examples/ablations.py"
+RANKING = "flamingo_blocks/evaluation/ranking.py"
 
 MUTANTS = [
     Mutant(
@@ -2821,6 +2822,54 @@ MUTANTS = [
         "    meta = _META_CHARSET.search(html, 0, 2048)",
         "    meta = None",
         "tests/data/test_html.py::test_bytes_are_decoded_as_they_say",
+    ),
+    Mutant(
+        "answers behind a shared prompt score as each text in full",
+        "answers are run in the cache itself, which then holds them, too",
+        RANKING,
+        "cache = copy.deepcopy(output[cache_name])",
+        "cache = output[cache_name]",
+        "tests/evaluation/test_ranking.py::test_scores_are_those_of_each_text_alone",
+    ),
+    Mutant(
+        "answers behind a shared prompt score as each text in full",
+        "answers after an image do not see it",
+        RANKING,
+        "output.media_cache.ranges_at(start, more)",
+        "0 * output.media_cache.ranges_at(start, more)",
+        "tests/evaluation/test_ranking.py::test_scores_are_those_of_each_text_alone",
+    ),
+    Mutant(
+        "prompt and answer may share a token",
+        "answers are scored behind as many tokens as the prompt alone has",
+        RANKING,
+        "return _Encoded(prompt_ids[:start], [row[start:] for row in rows], media, inputs)",
+        "return _Encoded(prompt_ids, [row[len(prompt_ids) :] for row in rows], media, inputs)",
+        "tests/evaluation/test_ranking.py::test_prompt_and_answer_may_share_a_token",
+    ),
+    Mutant(
+        "a cache that gives other logits is not shared",
+        "whatever a cache gives is believed",
+        RANKING,
+        "return bool((scores - _score_in_full(model, few, 2)).abs().max() <= tolerance)",
+        "return bool(scores.isfinite().all())",
+        "tests/evaluation/test_ranking.py::test_a_cache_that_gives_other_logits_is_not_shared",
+    ),
+    Mutant(
+        "the prompt runs once, and only the logits that are needed are computed",
+        "logits of the whole prompt are computed",
+        RANKING,
+        "use_cache=True, keep=1, **media",
+        "use_cache=True, keep=0, **media",
+        "tests/evaluation/test_ranking.py::test_the_prompt_runs_once_and_only_the_logits_that_are_needed_are_computed",
+    ),
+    Mutant(
+        "half precision is summed in float32",
+        "log-probabilities are computed in the dtype of the logits",
+        RANKING,
+        "return logits.to(torch.promote_types(logits.dtype, torch.float32))",
+        "return logits",
+        "tests/evaluation/test_ranking.py::test_half_precision_is_summed_in_float32",
     ),
     Mutant(
         "VQA's images are found by COCO's names",

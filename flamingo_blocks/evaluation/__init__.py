@@ -31,7 +31,7 @@ from flamingo_blocks.evaluation.prompts import (
     write_prompt,
 )
 from flamingo_blocks.evaluation.ptb_tokenizer import tokenize_caption
-from flamingo_blocks.evaluation.ranking import score_candidates
+from flamingo_blocks.evaluation.ranking import LengthNormalization, score_candidates
 from flamingo_blocks.evaluation.rices import RicesSupport, media_vectors
 from flamingo_blocks.evaluation.support import FixedSupport, RandomSupport, SupportSelector, permutations
 from flamingo_blocks.evaluation.vqa import normalize_answer, vqa_accuracy
@@ -47,6 +47,7 @@ __all__ = [
     "Benchmark",
     "Example",
     "FixedSupport",
+    "LengthNormalization",
     "Options",
     "Prompt",
     "RandomSupport",

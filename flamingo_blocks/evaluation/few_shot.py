@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any, Literal
+from typing import Any
 
 from flamingo_blocks.evaluation.answers import Answer, AnswerLog
 from flamingo_blocks.evaluation.benchmarks import Benchmark
@@ -16,7 +16,7 @@ from flamingo_blocks.evaluation.cider import cider
 from flamingo_blocks.evaluation.classification import roc_auc, top_1
 from flamingo_blocks.evaluation.generation import generate_answers
 from flamingo_blocks.evaluation.prompts import Example, Prompt, write_prompt
-from flamingo_blocks.evaluation.ranking import score_candidates
+from flamingo_blocks.evaluation.ranking import LengthNormalization, score_candidates
 from flamingo_blocks.evaluation.support import SupportSelector, permutations
 from flamingo_blocks.evaluation.vqa import vqa_accuracy
 
@@ -42,7 +42,7 @@ class Options:
     num_beams: int = 3
     max_new_tokens: int | None = None
     ensemble: int = 1
-    length_normalization: Literal["none", "tokens"] = "none"
+    length_normalization: LengthNormalization = "none"
 
 
 @dataclass(frozen=True)

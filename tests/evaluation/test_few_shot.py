@@ -169,6 +169,7 @@ def test_answers_of_other_settings_are_not_mixed_in(change: dict[str, Any], tmp_
 def test_only_complete_sets_of_answers_are_scored(tmp_path: Path) -> None:
     scores = run(ASKED, tmp_path, shots=[1], seeds=[0], process=1, processes=2)
     assert scores.by_shots == {}
+    assert [key for *_, key in answers(tmp_path)] == ["q1", "q3"]
 
 
 # ------------------------------------------------------------ queries and scores
