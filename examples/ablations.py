@@ -614,7 +614,7 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     arguments = parser.parse_args(words)
     if arguments.quick:
         arguments.seeds = min(arguments.seeds, 2)
-    quick = Settings(steps=(150, 300, 60), prompts=100)
+    quick = Settings(steps=(150, 200, 60), prompts=100)
     arguments.steps = tuple(arguments.steps or (quick if arguments.quick else Settings()).steps)
     arguments.prompts = arguments.prompts or (quick if arguments.quick else Settings()).prompts
     if min(arguments.seeds, arguments.jobs, arguments.prompts, *arguments.steps) < 1:
