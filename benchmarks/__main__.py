@@ -22,6 +22,7 @@ SCRIPTS = {
     "blocks": "The gated block",
     "resampler": "The resampler",
     "decoding": "Generating",
+    "ranking": "Ranking answers",
     "streaming": "Media without end",
     "training": "Training",
     "memory": "Memory of training",
