@@ -51,22 +51,9 @@ BENCHMARKS: dict[str, tuple[Callable[[Path], Path], str]] = {
 def test_a_benchmark_is_evaluated(name: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write, metric = BENCHMARKS[name]
     data, out = fill(write(tmp_path / "data")), tmp_path / "new" / "out"
-    main(
-        [
-            str(folder / "model"),
-            name,
-            "--data",
-            str(data),
-            "--out",
-            str(out),
-            "--shots",
-            "1",
-            "--seeds",
-            "0",
-            "3",
-            *OPTIONS,
-        ]
-    )
+    arguments = [str(folder / "model"), name, "--data", str(data), "--out", str(out), "--shots", "1"]
+    arguments += ["--seeds", "0", "3", *OPTIONS]
+    main(arguments)
     found = json.loads((out / "scores.json").read_text())
     assert found["benchmark"] == name
     assert found["metric"] == metric
@@ -76,22 +63,7 @@ def test_a_benchmark_is_evaluated(name: str, folder: Path, tmp_path: Path, capsy
     assert table in capsys.readouterr().out
     assert Image.open(out / "scores.png").width > 300
     written = (out / "answers-0.jsonl").read_text()
-    main(
-        [
-            str(folder / "model"),
-            name,
-            "--data",
-            str(data),
-            "--out",
-            str(out),
-            "--shots",
-            "1",
-            "--seeds",
-            "0",
-            "3",
-            *OPTIONS,
-        ]
-    )
+    main(arguments)
     assert (out / "answers-0.jsonl").read_text() == written, "nothing is asked twice"
 
 
