@@ -15,7 +15,7 @@ from flamingo_blocks.evaluation.annotations import (
     write_examples,
 )
 from flamingo_blocks.evaluation.answers import Answer, AnswerLog
-from flamingo_blocks.evaluation.benchmarks import BENCHMARKS, Benchmark, read_benchmark
+from flamingo_blocks.evaluation.benchmarks import BENCHMARKS, Benchmark, read_benchmark, read_own_benchmark
 from flamingo_blocks.evaluation.cider import cider
 from flamingo_blocks.evaluation.classification import roc_auc, top_1
 from flamingo_blocks.evaluation.few_shot import Options, Scores, evaluate, read_scores, score_answers
@@ -67,6 +67,7 @@ __all__ = [
     "read_hateful_memes",
     "read_image_folder",
     "read_karpathy",
+    "read_own_benchmark",
     "read_scores",
     "read_text_vqa",
     "read_vizwiz",

@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 import torch.distributed
 from tqdm import tqdm
 
-from flamingo_blocks.evaluation.benchmarks import BENCHMARKS, Benchmark, read_benchmark
+from flamingo_blocks.evaluation.benchmarks import BENCHMARKS, Benchmark, read_benchmark, read_own_benchmark
 from flamingo_blocks.evaluation.few_shot import PAPERS_SHOTS, Options, choose_queries, evaluate, read_scores
 from flamingo_blocks.evaluation.rices import RicesSupport, media_vectors
 from flamingo_blocks.evaluation.support import FixedSupport, RandomSupport, SupportSelector
@@ -51,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Evaluate a model by few-shot prompts, as in the paper.",
     )
     parser.add_argument("model", help="directory or id of a model, or of what save_adapter wrote")
-    parser.add_argument("benchmark", choices=BENCHMARKS)
+    parser.add_argument("benchmark", choices=(*BENCHMARKS, "own"), help="own: see read_own_benchmark")
     parser.add_argument(
         "--data", type=Path, required=True, help="directory of the benchmark's files, by official names"
     )
@@ -75,7 +76,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(options: argparse.Namespace, process: int, processes: int) -> None:
-    benchmark = read_benchmark(options.benchmark, options.data, skip_missing=options.skip_missing)
+    read = read_own_benchmark if options.benchmark == "own" else partial(read_benchmark, options.benchmark)
+    benchmark = read(options.data, skip_missing=options.skip_missing)
     model, processor = load_model(options.model, dtype=options.dtype)
     model.to(options.device or _own_device()).eval()
     select = _selector(options, benchmark, model, processor, process)

@@ -1,12 +1,14 @@
 """Benchmarks: support, queries, template and metric, from one folder with the official files."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from flamingo_blocks.evaluation.annotations import (
+    read_examples,
     read_hateful_memes,
     read_image_folder,
     read_karpathy,
@@ -33,7 +35,8 @@ class Benchmark:
             one. None: it writes its answers.
 
     Raises:
-        ValueError: If an example is both support and query: a prompt would tell its answer.
+        ValueError: If there are no queries, an example is both support and query, so that a prompt would tell its
+            answer, the metric is unknown, or candidates and metric do not fit.
     """
 
     name: str
@@ -44,6 +47,14 @@ class Benchmark:
     candidates: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
+        if self.metric not in get_args(Metric):
+            raise ValueError(f"metric must be one of {', '.join(get_args(Metric))}, got {self.metric!r}")
+        if self.metric == "roc_auc" and len(self.candidates or ()) != 2:
+            raise ValueError(
+                f"candidates must be two for roc_auc, the negative one, then the positive one, got {self.candidates}"
+            )
+        if not self.queries:
+            raise ValueError(f"{self.name} must have at least one query, got none")
         asked = {example.key for example in self.queries}
         if shared := [example.key for example in self.support if example.key in asked]:
             raise ValueError(
@@ -179,3 +190,42 @@ def read_benchmark(name: str, root: str | Path, *, skip_missing: bool = False) -
     if recipe.metric == "top_1":
         candidates = tuple(dict.fromkeys(example.answers[0] for example in (*support, *queries)))
     return Benchmark(name, recipe.template, support, queries, recipe.metric, candidates)
+
+
+def read_own_benchmark(root: str | Path, *, skip_missing: bool = False) -> Benchmark:
+    """Read a benchmark of your own from a folder with three files.
+
+    - `benchmark.json`: `{"template": "{media}What is this? {answer}{end}", "metric": "top_1", "candidates": ["cat",
+      "dog"]}`, as `Template` and `Benchmark` have them. Without candidates, the model writes its answers.
+    - `support.jsonl` and `queries.jsonl`: see `read_examples`.
+
+    Args:
+        root: The folder, which names the benchmark.
+        skip_missing: Whether to leave out examples of which a medium is not there.
+
+    Raises:
+        ValueError: If a file is missing or broken, or says what cannot be.
+    """
+    root = Path(root)
+    path = root / "benchmark.json"
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
+    names = {"template", "metric", "candidates"}
+    if not isinstance(content, dict) or not {"template", "metric"} <= content.keys() <= names:
+        raise ValueError(
+            f'{path} must hold "template", "metric" and, if there are any, "candidates", got {content!s:.80}'
+        )
+    candidates = content.get("candidates")
+    texts = [content["template"], *(candidates if isinstance(candidates, list) else [])]
+    if not isinstance(candidates, list | None) or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"{path} must have a text for a template, and a list of texts for candidates")
+    return Benchmark(
+        name=root.resolve().name,
+        template=Template(content["template"]),
+        support=read_examples(root / "support.jsonl", skip_missing=skip_missing),
+        queries=read_examples(root / "queries.jsonl", skip_missing=skip_missing),
+        metric=content["metric"],
+        candidates=None if candidates is None else tuple(candidates),
+    )

@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,6 +18,8 @@ from flamingo_blocks.evaluation import (
     Example,
     Template,
     read_benchmark,
+    read_own_benchmark,
+    write_examples,
     write_prompt,
 )
 from tests.evaluation import tiny_annotations as tiny
@@ -160,3 +163,59 @@ def test_no_example_is_support_and_query() -> None:
 def test_an_unknown_benchmark_is_told_with_those_that_there_are(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"must be one of vqav2, .*image_folder, got 'vqa'"):
         read_benchmark("vqa", tmp_path)
+
+
+# ------------------------------------------------------------ your own
+
+
+def write_own(root: Path, **content: Any) -> Path:
+    squares = [Example(str(i), (root / f"{i}.png",), ("red",)) for i in range(3)]
+    tiny.touch(root, ["0.png", "1.png", "2.png"])
+    write_examples(squares[:2], root / "support.jsonl")
+    write_examples(squares[2:], root / "queries.jsonl")
+    tiny.write_json(root / "benchmark.json", {"template": CLASSIFICATION.text, "metric": "top_1"} | content)
+    return root
+
+
+@pytest.mark.parametrize("candidates", [None, ["red", "blue"]])
+def test_a_benchmark_of_your_own_is_read(candidates: list[str] | None, tmp_path: Path) -> None:
+    root = write_own(tmp_path / "squares", **({} if candidates is None else {"candidates": candidates}))
+    benchmark = read_own_benchmark(root)
+    assert benchmark.name == "squares"
+    assert benchmark.template == CLASSIFICATION
+    assert [example.key for example in benchmark.support] == ["0", "1"]
+    assert [example.key for example in benchmark.queries] == ["2"]
+    assert benchmark.metric == "top_1"
+    assert benchmark.candidates == (None if candidates is None else tuple(candidates))
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ({"metric": "roc_auc"}, "candidates must be two for roc_auc"),
+        ({"candidates": "red"}, "a list of texts for candidates"),
+        ({"candidates": [1]}, "a list of texts for candidates"),
+        ({"template": 1}, "a text for a template"),
+        ({"template": "{answer}"}, "a template must have"),
+        ({"tempalte": "x"}, r'must hold "template", "metric" and'),
+    ],
+)
+def test_what_your_own_benchmark_cannot_be_is_told(content: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_own_benchmark(write_own(tmp_path, **content))
+
+
+@pytest.mark.unchecked
+def test_an_unknown_metric_is_told_with_those_that_there_are(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="metric must be one of vqa_accuracy, cider, top_1, roc_auc, got 'f1'"):
+        read_own_benchmark(write_own(tmp_path, metric="f1"))
+
+
+def test_a_file_of_your_own_benchmark_that_is_missing_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"benchmark\.json cannot be read"):
+        read_own_benchmark(tmp_path)
+
+
+def test_a_benchmark_without_queries_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least one query"):
+        Benchmark("empty", VQA, [], [], "top_1")
