@@ -1,7 +1,7 @@
 """VQA accuracy: how far an answer agrees with those of ten people, after the official normalisation.
 
-Source: Antol et al. 2015 (VQA), section 3, and the evaluation code that goes with its data. OK-VQA, TextVQA, VizWiz and
-MSVD-QA are scored in the same way.
+Source: Antol et al. 2015 (VQA), section 3, and the evaluation code that goes with its data. OK-VQA, TextVQA and VizWiz
+are scored in the same way. MSVD-QA has one answer for each question, for which there is `top_1`.
 """
 
 import re
@@ -63,7 +63,8 @@ def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
 
     Args:
         prediction: The model's answer.
-        answers: Those of people; ten, in the standard data sets.
+        answers: Those of people; ten, in the standard data sets. With fewer the formula is the same: no prediction gets
+            more than 1/3 for two answers, or anything for one.
 
     Returns:
         From 0 to 1.
