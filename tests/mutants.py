@@ -3371,9 +3371,17 @@ MUTANTS = [
         "ROC AUC",
         "equal scores count as won",
         CLASSIFICATION,
-        "rank = (counts.cumsum(0) - (counts - 1) / 2)[which]",
+        "rank = (counts.cumsum(0) - (counts - 1).double() / 2)[which]",
         "rank = counts.cumsum(0)[which]",
         "tests/evaluation/test_classification.py::test_the_area_is_how_often_a_positive_query_wins",
+    ),
+    Mutant(
+        "ROC AUC",
+        "ranks are in single precision",
+        CLASSIFICATION,
+        "(counts - 1).double() / 2",
+        "(counts - 1) / 2",
+        "tests/evaluation/test_classification.py::test_the_area_is_that_of_scikit_learn",
     ),
     Mutant(
         "ablations",

@@ -53,6 +53,6 @@ def roc_auc(scores: Sequence[float], is_positive: Sequence[bool]) -> float:
         )
     # The rank of a score is the mean over those that are equal.
     _, which, counts = values.unique(return_inverse=True, return_counts=True)
-    rank = (counts.cumsum(0) - (counts - 1) / 2)[which]
+    rank = (counts.cumsum(0) - (counts - 1).double() / 2)[which]
     wins = rank[positive].sum() - num_positive * (num_positive + 1) / 2
     return float(wins / (num_positive * num_negative))

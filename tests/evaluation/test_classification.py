@@ -1,4 +1,5 @@
 import math
+import random
 from typing import Any
 
 import pytest
@@ -21,12 +22,15 @@ def test_the_area_is_how_often_a_positive_query_wins(pairs: list[tuple[float, bo
         return
     wins = sum((p > n) + (p == n) / 2 for p in positive for n in negative)
     found = roc_auc([score for score, _ in pairs], [label for _, label in pairs])
-    assert found == pytest.approx(wins / len(positive) / len(negative))
+    assert found == pytest.approx(wins / len(positive) / len(negative), abs=1e-12)
 
 
-def test_the_area_is_that_of_scikit_learn() -> None:
-    scores, labels = [0.1, 0.4, 0.35, 0.8, 0.4, 0.4], [False, False, True, True, True, False]
-    assert roc_auc(scores, labels) == pytest.approx(roc_auc_score(labels, scores))
+@pytest.mark.parametrize("number", [3, 50, 1000])
+def test_the_area_is_that_of_scikit_learn(number: int) -> None:
+    draw = random.Random(number)
+    labels = [True, False, *(draw.random() < 0.3 for _ in range(number))]
+    scores = [float(draw.choice([draw.gauss(0, 1), draw.randint(-2, 2)]) + label) for label in labels]
+    assert roc_auc(scores, labels) == pytest.approx(roc_auc_score(labels, scores), abs=1e-12)
 
 
 def test_an_answer_is_right_whatever_its_case() -> None:
