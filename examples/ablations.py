@@ -540,6 +540,15 @@ def table(found: Mapping[str, Mapping[int, Result]], step_times: Mapping[str, fl
     return "\n".join(lines) + "\n"
 
 
+def footer(found: Mapping[str, Mapping[int, Result]]) -> str:
+    """Say how many runs the tables are of, and with which versions."""
+    runs = {len(rows) for rows in found.values()}
+    numbers = str(min(runs)) if len(runs) == 1 else f"{min(runs)} to {max(runs)}"
+    settings = next(iter(next(iter(found.values())).values()))["settings"]
+    versions = ", ".join(f"{name} {number}" for name, number in settings["versions"].items())
+    return f"Runs a row: {numbers}, of {settings['steps'][-1]} steps. With {versions}.\n"
+
+
 def gates_table(baseline: Mapping[int, Result]) -> str:
     """Write the baseline's gates at the end of training, by layer."""
     ends = [result["gates"][-1] for result in baseline.values()]
@@ -663,7 +672,7 @@ def report(results: list[dict[str, Any]], settings: Settings, out: Path) -> None
     """Write tables and plots of what there is."""
     times = out / "step_times.json"
     found, step_times = by_name(results), json.loads(times.read_text()) if times.exists() else {}
-    (out / "table.md").write_text(table(found, step_times, settings))
+    (out / "table.md").write_text(f"{table(found, step_times, settings)}\n{footer(found)}")
     print((out / "table.md").read_text())
     score = figures_of(settings)["score"]
     if "baseline" in found:

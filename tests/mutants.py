@@ -3345,10 +3345,10 @@ MUTANTS = [
     ),
     Mutant(
         "CIDEr-D",
-        "length is the number of words",
+        "lengths that differ do not count",
         CIDER,
-        "if len(ngram) == 2)",
-        "if len(ngram) == 1)",
+        "math.exp(-((ours.bigrams - theirs.bigrams) ** 2)",
+        "math.exp(-((ours.bigrams - ours.bigrams) ** 2)",
         "tests/evaluation/test_cider.py::test_scores_are_those_of_the_formula",
     ),
     Mutant(

@@ -1,5 +1,6 @@
 import math
 from collections import Counter
+from functools import cache
 
 import pytest
 from hypothesis import given, settings
@@ -15,6 +16,7 @@ DATA = st.lists(st.tuples(CAPTIONS, st.lists(CAPTIONS, min_size=1, max_size=3)),
 def slow_cider(predictions: list[str], references: list[list[str]]) -> list[float]:
     """Sum over the n-grams of the whole data set, n by n, as the formula has it."""
 
+    @cache
     def grams(caption: str, n: int) -> Counter[tuple[str, ...]]:
         words = tokenize_caption(caption)
         return Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
