@@ -2,9 +2,9 @@
 
 The original is Java (CoreNLP 3.4.1, called with `-preserveLines -lowerCase`), a lexer of the conventions of the Penn
 Treebank. This is a port of what captions need. `tests/evaluation/ptb_cases.py` compares the two: of 3,000 made-up
-captions of difficult parts, one differs. Known to differ are words stuck together by other signs than a hyphen, slash or
-period ("a,two-year-old", "stop!The", "won't_"), "US$5", and telephone numbers in brackets; and the original looks at how
-the next caption begins where one ends with "A." or the like.
+captions of difficult parts, one differs. Known to differ are words stuck together by other signs than a hyphen, slash
+or period ("a,two-year-old", "stop!The", "won't_"), "US$5", and telephone numbers in brackets; and the original looks at
+how the next caption begins where one ends with "A." or the like.
 """
 
 import re

@@ -57,9 +57,9 @@ Smile :) and wink ;) or frown :( at the end :-)
 A man #dogs @home @ the park # 5
 a. b. c. J. Smith and J.P. Morgan, e.g. bankers, i.e. rich men, etc.
 McDonald's, Wendy's, O'Brien and D'Angelo of Coca-Cola Co. and Apple Inc.
-A vitamin c.
 A 2.5-story house, a 3.5-inch step, a 1/2-eaten pizza, 24/7-open
 Fish &amp; chips and fish'n'chips for Dr. Lee, Ph.D.
+A vitamin c.
 a 6' 2" man, 5'10 woman, 12" pizza
 3D 4x4 2x4 10mph 5ft 7pm 12oz 30s 1st 2nd 3rd
 y'all come to the o'clock s'mores at ma'am's
