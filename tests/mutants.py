@@ -3407,6 +3407,31 @@ MUTANTS = [
         "pass",
         "tests/test_ablations.py::test_new_layers_stand_on_top_of_those_that_were_there",
     ),
+    Mutant(
+        "benchmarks of your own",
+        "candidates are not read",
+        BENCHMARKS,
+        "candidates=None if candidates is None else tuple(candidates),",
+        "candidates=None,",
+        "tests/evaluation/test_benchmarks.py::test_a_benchmark_of_your_own_is_read",
+    ),
+    Mutant(
+        "benchmarks of your own",
+        "queries are those of the support",
+        BENCHMARKS,
+        'queries=read_examples(root / "queries.jsonl", skip_missing=skip_missing),',
+        'queries=read_examples(root / "support.jsonl", skip_missing=skip_missing),',
+        "tests/evaluation/test_benchmarks.py::test_a_benchmark_of_your_own_is_read",
+    ),
+    Mutant(
+        "benchmarks of your own",
+        "any metric will do",
+        BENCHMARKS,
+        "if self.metric not in get_args(Metric):",
+        "if False:",
+        "tests/evaluation/test_benchmarks.py::test_an_unknown_metric_is_told_with_those_that_there_are",
+        unchecked=True,
+    ),
 ]
 
 README = """\
