@@ -60,7 +60,8 @@ def score_candidates(
     Raises:
         ValueError: If there are no candidates or no prompts, a candidate is blank, adds no token or holds an `<image>`
             token, the prompt has no token, a text has more tokens than the model has positions, there are media but
-            only a tokenizer, the model is in training mode or cannot share the prompt, or an option is none of these.
+            only a tokenizer, the model is in training mode or cannot share the prompt, scores are nan, or an option is
+            none of these.
 
     Example:
         ```python
@@ -92,7 +93,10 @@ def score_candidates(
         if length_normalization == "tokens":
             score = score / torch.tensor([len(answer) for answer in encoded.answers], device=score.device)
         scores.append(score)
-    return torch.stack(scores).mean(0)
+    found = torch.stack(scores).mean(0)
+    if found.isnan().any():
+        raise ValueError("the model's logits must be numbers, but scores are nan; try another dtype, such as float32")
+    return found
 
 
 @dataclass(frozen=True)

@@ -166,6 +166,42 @@ def test_answers_of_other_settings_are_not_mixed_in(change: dict[str, Any], tmp_
         run(ASKED, tmp_path, **change)
 
 
+@pytest.mark.parametrize(
+    "changed",
+    [
+        replace(ASKED, queries=[replace(query, fields={"question": "w30"}) for query in ASKED.queries]),
+        replace(ASKED, queries=[replace(query, media=query.media * 2) for query in ASKED.queries]),
+        replace(ASKED, support=[replace(example, label="w30") for example in ASKED.support]),
+        replace(ASKED, support=ASKED.support[::-1]),
+    ],
+    ids=["questions", "media", "shown answers", "order of the support"],
+)
+def test_answers_of_examples_that_changed_under_their_keys_are_not_mixed_in(changed: Benchmark, tmp_path: Path) -> None:
+    run(ASKED, tmp_path, shots=[1], seeds=[0])
+    with pytest.raises(ValueError, match="holds answers with"):
+        run(changed, tmp_path, shots=[1], seeds=[1])
+
+
+def test_answers_of_a_model_that_was_trained_on_are_not_mixed_in(tmp_path: Path) -> None:
+    model: Any
+    model, processor = make_flamingo()
+    options: dict[str, Any] = {"out": tmp_path, "shots": [1], "options": Options(num_beams=1, max_new_tokens=1)}
+    evaluate(model.eval(), processor, ASKED, RandomSupport(ASKED.support), **options)
+    with torch.no_grad():
+        next(p for name, p in model.named_parameters() if name.endswith("alpha")).add_(0.01)
+    with pytest.raises(ValueError, match="holds answers with weights="):
+        evaluate(model, processor, ASKED, RandomSupport(ASKED.support), **options)
+
+
+@pytest.mark.parametrize("seeds", [[0], [1]])
+def test_answers_of_support_that_was_chosen_otherwise_are_not_mixed_in(seeds: list[int], tmp_path: Path) -> None:
+    model, processor = flamingo()
+    options: dict[str, Any] = {"out": tmp_path, "shots": [2], "options": Options(num_beams=1, max_new_tokens=1)}
+    evaluate(model, processor, ASKED, RandomSupport(ASKED.support), seeds=[0], **options)
+    with pytest.raises(ValueError, match="holds answers with other support: for query 'q0'"):
+        evaluate(model, processor, ASKED, RandomSupport(ASKED.support, balanced=True), seeds=seeds, **options)
+
+
 def test_only_complete_sets_of_answers_are_scored(tmp_path: Path) -> None:
     scores = run(ASKED, tmp_path, shots=[1], seeds=[0], process=1, processes=2)
     assert scores.by_shots == {}
@@ -249,6 +285,9 @@ def test_the_table_has_mean_and_standard_error_over_seeds(tmp_path: Path) -> Non
         ({"limit": 0}, r"limit must be at least 1, got 0"),
         ({"process": 2, "processes": 2}, r"process must be in 0..1"),
         ({"shots": [7]}, r"shots must be at most 6"),
+        ({"options": Options(max_new_tokens=0)}, r"max_new_tokens must be at least 1, got 0"),
+        ({"options": Options(ensemble=6)}, r"ensemble and length_normalization are for candidates, but asked has none"),
+        ({"options": Options(length_normalization="tokens")}, r"leave them out, got 1 and 'tokens'"),
     ],
 )
 def test_what_cannot_be_asked_is_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:
