@@ -3305,6 +3305,14 @@ MUTANTS = [
     ),
     Mutant(
         "few-shot evaluation",
+        "names of files go to processors as paths",
+        "flamingo_blocks/evaluation/prompts.py",
+        "[str(medium) if isinstance(medium, Path) else medium for medium in self.media]",
+        "list(self.media)",
+        "tests/evaluation/test_few_shot.py::test_another_model_of_images_and_text_is_asked_about_files",
+    ),
+    Mutant(
+        "few-shot evaluation",
         "settings forget the weights",
         FEW_SHOT,
         '{"weights": _sample_weights(model), **settings}',

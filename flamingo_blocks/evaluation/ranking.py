@@ -127,14 +127,13 @@ def _encode(model: Any, processor: Any, prompt: Prompt, texts: Sequence[str]) ->
                 "text alone; pass the model's processor"
             )
         if tokenizer is not None:
-            encoded = processor(text=[prompt.text], images=[list(prompt.media)], return_tensors="pt")
+            encoded = processor(text=[prompt.text], images=[prompt.images], return_tensors="pt")
             media = {name: encoded[name] for name in ("pixel_values", "num_frames") if name in encoded}
         prompt_ids, *rows = (tokenizer or processor)([prompt.text, *texts])["input_ids"]
     else:
         # What stands for a medium may be many tokens, and other inputs belong to them.
         of_prompt, *inputs = (
-            processor(text=[text], images=list(prompt.media) or None, return_tensors="pt")
-            for text in (prompt.text, *texts)
+            processor(text=[text], images=prompt.images or None, return_tensors="pt") for text in (prompt.text, *texts)
         )
         prompt_ids, *rows = ([int(i) for i in row["input_ids"][0]] for row in (of_prompt, *inputs))
     columns = zip(prompt_ids, *rows, strict=False)

@@ -12,6 +12,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+)
 
 from flamingo_blocks.evaluation import (
     CLASSIFICATION,
@@ -32,7 +39,8 @@ from flamingo_blocks.evaluation import (
     write_prompt,
 )
 from flamingo_blocks.evaluation.few_shot import choose_queries
-from tests.tiny_flamingo import make_flamingo
+from tests.tiny_flamingo import make_flamingo, make_tokenizer
+from tests.tiny_language_models import CONFIGS
 
 
 def image(seed: int) -> Image.Image:
@@ -310,3 +318,43 @@ def test_a_processor_with_other_tokens_is_given_its_own(tmp_path: Path) -> None:
 
     evaluate(model, Spy(), benchmark, RandomSupport(benchmark.support), out=tmp_path, shots=[1], options=Options(1, 1))
     assert all(text.count(processor.end_of_chunk_token) == 1 for text in seen)
+
+
+@pytest.mark.parametrize("benchmark", [ASKED, CHOSEN])
+def test_another_model_of_images_and_text_is_asked_about_files(benchmark: Benchmark, tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(specials=("<image>", "<EOC>"))
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8
+    )
+    image_id = tokenizer.get_vocab()["<image>"]
+    config: Any = LlavaConfig(vision_config=vision, text_config=CONFIGS["llama"](), image_token_index=image_id)
+    model: Any = LlavaForConditionalGeneration(config).eval()
+    processor: Any = LlavaProcessor(
+        CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}),
+        tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )
+
+    def save(example: Example) -> Example:
+        example.media[0].save(tmp_path / f"{example.key}.png")
+        return replace(example, media=(tmp_path / f"{example.key}.png",))
+
+    in_files = replace(
+        benchmark,
+        support=[save(each) for each in benchmark.support],
+        queries=[save(each) for each in benchmark.queries],
+    )
+    for name, asked in (("memory", benchmark), ("files", in_files)):
+        evaluate(
+            model,
+            processor,
+            asked,
+            RandomSupport(asked.support),
+            out=tmp_path / name,
+            shots=[0, 2],
+            options=Options(num_beams=2, max_new_tokens=3),
+        )
+    assert answers(tmp_path / "files") == answers(tmp_path / "memory")
+    assert len(answers(tmp_path / "files")) == 10
