@@ -3312,6 +3312,22 @@ MUTANTS = [
         "tests/evaluation/test_few_shot.py::test_another_model_of_images_and_text_is_asked_about_files",
     ),
     Mutant(
+        "ablations",
+        "after an interruption all runs go on",
+        ABLATIONS,
+        "            pool.shutdown(cancel_futures=True)\n",
+        "            pool.shutdown()\n",
+        "tests/test_ablations.py::test_after_an_interruption_no_further_run_begins",
+    ),
+    Mutant(
+        "ablations",
+        "the legend names the paper where it has no row",
+        "examples/ablation_plots.py",
+        "    if in_paper:\n",
+        "    if True:\n",
+        "tests/test_ablations.py::test_rows_that_the_paper_does_not_have_are_drawn_without_it",
+    ),
+    Mutant(
         "few-shot evaluation",
         "settings forget the weights",
         FEW_SHOT,
