@@ -3211,7 +3211,7 @@ MUTANTS = [
         "answers of one evaluation",
         "other settings are not seen",
         ANSWER_LOG,
-        "if wanted is None or found == wanted:",
+        "if found == wanted:",
         "if True:",
         "tests/evaluation/test_answers.py::test_answers_of_other_settings_are_refused",
     ),

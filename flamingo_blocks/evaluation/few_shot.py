@@ -130,7 +130,7 @@ def evaluate(
     """Ask a model all queries of a benchmark.
 
     Answers are written down as they come. A run that was stopped goes on where it was; more shots or seeds can be asked
-    for later. No answer depends on the batch size or on the number of processes.
+    for later. No answer depends on the batch size or on the number of processes, but for rounding.
 
     Args:
         model: In eval mode. A Flamingo, or any model of transformers that the benchmark's media can be given to.
@@ -279,7 +279,8 @@ def _check_support(select: SupportSelector, queries: Sequence[Example], log: Ans
         checked[shots, seed] += 1
         if checked[shots, seed] > _CHECKED or key not in by_key:
             continue
-        support = tuple(example.key for example in select(by_key[key], shots=shots or TEXT_ONLY_SHOTS, seed=seed))
+        number = shots or TEXT_ONLY_SHOTS
+        support = tuple(example.key for example in select(by_key[key], shots=number, seed=seed))
         if support != answer.support:
             raise ValueError(
                 f"{log.folder} holds answers with other support: for query {key!r} {answer.support}, not {support}; "
