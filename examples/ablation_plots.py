@@ -29,7 +29,8 @@ def plot_rows(
         label="here: mean and 95% interval",
     )
     in_paper = [(row[3], place) for row, place in zip(rows, places, strict=True) if row[3] is not None]
-    axis.plot(*zip(*in_paper, strict=True), "D", color="tab:orange", markerfacecolor="none", label="the paper")
+    if in_paper:
+        axis.plot(*zip(*in_paper, strict=True), "D", color="tab:orange", markerfacecolor="none", label="the paper")
     axis.axvline(0, color="0.6", linewidth=1, zorder=0)
     axis.set_yticks(places, [row[0] for row in rows])
     axis.invert_yaxis()

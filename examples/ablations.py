@@ -20,8 +20,9 @@ import multiprocessing
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -534,7 +535,7 @@ def table(found: Mapping[str, Mapping[int, Result]], step_times: Mapping[str, fl
             "" if in_paper is None or name == "baseline" else f"{in_paper:+.1f}",
             "" if compared is None else verdict(compared, in_paper),
             f"{next(iter(rows.values()))['trained_parameters'] / 1000:.0f}k",
-            f"{step_times[name] / step_times['baseline']:.2f}" if name in step_times else "",
+            f"{step_times[name] / step_times['baseline']:.2f}" if {name, "baseline"} <= step_times.keys() else "",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
@@ -555,7 +556,8 @@ def gates_table(baseline: Mapping[int, Result]) -> str:
     lines = ["| layer | attention | feed-forward |", "|---|---|---|"]
     for layer in range(len(ends[0])):
         cells = (Spread.of([gates[layer][kind] for gates in ends]) for kind in range(2))
-        lines.append(f"| {layer} | {' | '.join(f'{cell.mean:.3f} ± {cell.error:.3f}' for cell in cells)} |")
+        written = (f"{c.mean:.3f}" + ("" if math.isnan(c.error) else f" ± {c.error:.3f}") for c in cells)
+        lines.append(f"| {layer} | {' | '.join(written)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -603,7 +605,9 @@ def read_results(path: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]
     others = [line["settings"] for line in lines if line["settings"] != settings]
     if others:
         raise SystemExit(f"{path} has results of other settings, {others[0]}; give another --out, or delete it")
-    path.write_text("".join(whole))  # without the beginning of a line that a killed run left
+    size = len("".join(whole).encode())
+    if size < path.stat().st_size:
+        os.truncate(path, size)  # the beginning of a line that a killed run left
     return lines
 
 
@@ -637,7 +641,8 @@ def main() -> None:
     arguments = parse_arguments()
     settings = Settings(steps=arguments.steps, prompts=arguments.prompts)
     out, seeds = arguments.out, range(arguments.seeds)
-    backbones = out / "backbones"
+    # Those of other steps may be there, from a run that was stopped before it had any result.
+    backbones = out / f"backbones-{settings.steps[0]}-{settings.steps[1]}"
     out.mkdir(parents=True, exist_ok=True)
     recorded = record(settings)
     results = read_results(out / "results.jsonl", recorded)
@@ -649,7 +654,7 @@ def main() -> None:
         key=lambda run: (run[1], RUNS[run[0]].vision_encoder),  # so that the images are encoded only once
     )
     # Fresh processes: torch's threads do not survive a fork.
-    with ProcessPoolExecutor(arguments.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with workers(arguments.jobs) as pool:
         first = {
             pool.submit(pretrain, name, seed, settings, backbones): None for seed in seeds for name in sorted(names)
         }
@@ -666,6 +671,17 @@ def main() -> None:
             json.dumps(time_steps(arguments.only, settings, backbones), indent=1) + "\n"
         )
     report(results, settings, out)
+
+
+@contextmanager
+def workers(count: int) -> Iterator[ProcessPoolExecutor]:
+    """Give processes that run functions. When the first one fails, or the user interrupts, nothing more is begun."""
+    with ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn")) as pool:
+        try:
+            yield pool
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def report(results: list[dict[str, Any]], settings: Settings, out: Path) -> None:

@@ -2,15 +2,19 @@ import json
 import math
 import subprocess
 import sys
+import time
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from transformers import LlamaForCausalLM
 
 import ablations
+from ablation_plots import plot_rows
 from ablations import RUNS, VARIANTS, Settings, Spread, Variant, build, cut_layers, stack_layers, steps_of
 from train_tiny import Descent, episodes_loss, make_language_model_config
 
@@ -111,6 +115,43 @@ def test_rows_are_compared_with_the_baseline_seed_by_seed() -> None:
     assert row["step"] == "1.50"
 
 
+def test_without_the_time_of_the_baseline_no_ratio_is_given() -> None:
+    found = ablations.by_name([result("no_gates", 0, 0.5, 0.5)])
+    assert "| 12k |  |" in ablations.table(found, {"no_gates": 3.0}, SETTINGS)
+
+
+def test_the_gates_of_a_single_run_have_no_error() -> None:
+    assert ablations.gates_table({0: result("baseline", 0, 0.5, 0.5)}).splitlines()[2] == "| 0 | 0.100 | 0.200 |"
+
+
+def test_rows_that_the_paper_does_not_have_are_drawn_without_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels: list[list[str]] = []
+
+    def note(figure: Figure, *_: Any, **__: Any) -> None:
+        labels.append(figure.axes[0].get_legend_handles_labels()[1])
+
+    monkeypatch.setattr(Figure, "savefig", note)
+    plot_rows([("mean pooling", -1.0, math.nan, None)], tmp_path / "rows.png")
+    plot_rows([("no gates", -1.0, 0.5, -4.2)], tmp_path / "rows.png")
+    assert [len(names) for names in labels] == [1, 2]
+
+
+def test_after_an_interruption_no_further_run_begins() -> None:
+    waiting: list[Future[None]] = []
+
+    def interrupted() -> None:
+        with ablations.workers(1) as pool:
+            waiting.extend(pool.submit(time.sleep, 0.1) for _ in range(50))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert all(future.done() for future in waiting)
+    assert sum(future.cancelled() for future in waiting) > 40
+
+
 # ------------------------------------------------------------ with backbones
 
 
@@ -200,6 +241,7 @@ def test_runs_go_on_where_they_were_and_do_not_depend_on_how_many_run_at_a_time(
     expected = json.loads(json.dumps({**expected, "settings": ablations.record(SETTINGS)}))
     assert {**second, "seconds": 0} == {**expected, "seconds": 0}
     assert "VANILLA XATTN" in (tmp_path / "table.md").read_text()
+    assert [path.name for path in tmp_path.glob("backbones*")] == ["backbones-1-1"], "those of other steps stay apart"
     assert json.loads((tmp_path / "step_times.json").read_text())["vanilla"] > 0
     for name in ("rows.png", "gates.png", "scaling.png"):
         assert Image.open(tmp_path / name).width > 300

@@ -41,13 +41,15 @@ class AnswerLog:
         process: Number of this process, which has a file of its own.
 
     Raises:
-        ValueError: If the folder holds answers of other settings, or a file is damaged.
+        ValueError: If the folder holds answers of other settings, or of several, or a file is damaged.
     """
 
     def __init__(self, folder: str | Path, settings: Mapping[str, Any] | None = None, *, process: int = 0) -> None:
         self.folder = Path(folder)
         self._settings = None if settings is None else json.loads(json.dumps(settings))
         self._path = self.folder / f"answers-{process}.jsonl"
+        self._wanted = self._settings
+        self._has_written = False
         self.answers: dict[tuple[int, int, str], Answer] = {}
         for path in sorted(self.folder.glob("answers-*.jsonl")):
             for answer in self._read(path):
@@ -57,7 +59,7 @@ class AnswerLog:
         """Write answers down, and remember them.
 
         Raises:
-            ValueError: If the log was opened without settings.
+            ValueError: If the log was opened without settings, or another run with other settings has begun to write.
         """
         if self._settings is None:
             raise ValueError("this log was opened without settings, to be read alone; pass settings to write")
@@ -65,8 +67,12 @@ class AnswerLog:
         self.folder.mkdir(parents=True, exist_ok=True)
         if not self._path.exists() or not self._path.stat().st_size:
             lines.insert(0, json.dumps({"settings": self._settings}))
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write("".join(f"{line}\n" for line in lines))
+        elif not self._has_written:
+            with self._path.open("rb") as file:
+                self._check_settings(self._path, json.loads(file.readline())["settings"])
+        self._has_written = True
+        with self._path.open("a", encoding="utf-8") as log:
+            log.write("".join(f"{line}\n" for line in lines))
         for answer in answers:
             self.answers[answer.shots, answer.seed, answer.key] = answer
 
@@ -96,8 +102,10 @@ class AnswerLog:
                 yield answer
 
     def _check_settings(self, path: Path, found: Mapping[str, Any]) -> None:
-        wanted = self._settings
-        if wanted is None or found == wanted:
+        if self._wanted is None:
+            self._wanted = found
+        wanted = self._wanted
+        if found == wanted:
             return
         names = [name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name)]
         differences = ", ".join(f"{name}={found.get(name)!r}, not {wanted.get(name)!r}" for name in sorted(names))

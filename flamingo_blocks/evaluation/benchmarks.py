@@ -17,6 +17,7 @@ from flamingo_blocks.evaluation.annotations import (
     read_vqa,
 )
 from flamingo_blocks.evaluation.prompts import CAPTIONING, CLASSIFICATION, HATEFUL_MEMES, VQA, Example, Template
+from flamingo_blocks.evaluation.support import check_keys
 
 Metric = Literal["vqa_accuracy", "cider", "top_1", "roc_auc"]
 
@@ -35,8 +36,8 @@ class Benchmark:
             one. None: it writes its answers.
 
     Raises:
-        ValueError: If there are no queries, an example is both support and query, so that a prompt would tell its
-            answer, the metric is unknown, or candidates and metric do not fit.
+        ValueError: If there are no queries, two have the same key, an example is both support and query, so that a
+            prompt would tell its answer, the metric is unknown, or candidates or answers do not fit the metric.
     """
 
     name: str
@@ -55,6 +56,14 @@ class Benchmark:
             )
         if not self.queries:
             raise ValueError(f"{self.name} must have at least one query, got none")
+        check_keys(self.queries)
+        if self.metric == "vqa_accuracy" and (
+            alone := [query.key for query in self.queries if len(query.answers) == 1]
+        ):
+            raise ValueError(
+                "for vqa_accuracy each query must have the answers of several people, ten in the standard data sets, "
+                f"but {len(alone)} have one, of which nothing counts as right, e.g. {alone[0]!r}; take top_1 for those"
+            )
         asked = {example.key for example in self.queries}
         if shared := [example.key for example in self.support if example.key in asked]:
             raise ValueError(

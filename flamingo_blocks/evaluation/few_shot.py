@@ -4,12 +4,17 @@ Source: Alayrac et al. 2022 (Flamingo), section 2.5 and appendix A.2.
 """
 
 import hashlib
+import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from torch import Tensor, nn
+
+from flamingo_blocks.data.feature_cache import hash_tensors
 from flamingo_blocks.evaluation.answers import Answer, AnswerLog
 from flamingo_blocks.evaluation.benchmarks import Benchmark
 from flamingo_blocks.evaluation.cider import cider
@@ -23,6 +28,8 @@ from flamingo_blocks.evaluation.vqa import vqa_accuracy
 PAPERS_SHOTS = (0, 4, 8, 16, 32)
 # Two examples without their media stand in for none, so that the model sees what an answer looks like.
 TEXT_ONLY_SHOTS = 2
+# Answers of each set of shots and seed whose support is chosen again when a run goes on: each may take milliseconds.
+_CHECKED = 4
 _MAX_NEW_TOKENS = {"cider": 32, "vqa_accuracy": 16}
 
 
@@ -123,7 +130,7 @@ def evaluate(
     """Ask a model all queries of a benchmark.
 
     Answers are written down as they come. A run that was stopped goes on where it was; more shots or seeds can be asked
-    for later. No answer depends on the batch size or on the number of processes.
+    for later. No answer depends on the batch size or on the number of processes, but for rounding.
 
     Args:
         model: In eval mode. A Flamingo, or any model of transformers that the benchmark's media can be given to.
@@ -136,8 +143,8 @@ def evaluate(
         batch_size: How many prompts, or candidates, are run at once.
         options: How answers are found.
         limit: Ask so many of the queries, always the same ones. None: all.
-        about: What else answers depend on, such as the model's name, as JSON has it. It is recorded; answers of another
-            model are not mixed in.
+        about: What else answers depend on, such as the model's name, as JSON has it. It is recorded, as is what some of
+            the model's weights are: answers of another model are not mixed in.
         process: Number of this process, of `processes`.
         processes: How many share the work. Each asks its part of the queries; scores are of what all have written, so
             let each wait for all others and call `read_scores` then.
@@ -147,13 +154,16 @@ def evaluate(
         The scores so far.
 
     Raises:
-        ValueError: If `out` holds answers of other settings, there are too few support examples, or something is not
-            as it must be.
+        ValueError: If `out` holds answers of other settings or of other support, there are too few support examples,
+            or something is not as it must be.
     """
     options = Options() if options is None else options
     _check(shots, seeds, batch_size, process, processes)
+    _check_options(benchmark, options)
     queries = choose_queries(benchmark, limit)
-    log = AnswerLog(out, settings_of(benchmark, queries, select, options, about or {}), process=process)
+    settings = settings_of(benchmark, queries, select, options, about or {})
+    log = AnswerLog(out, {"weights": _sample_weights(model), **settings}, process=process)
+    _check_support(select, queries, log)
     asked = [
         [(number, seed, query) for query in queries[process::processes] if (number, seed, query.key) not in log.answers]
         for seed in seeds
@@ -218,16 +228,64 @@ def settings_of(
         "benchmark": benchmark.name,
         "template": benchmark.template.text,
         "candidates": None if benchmark.candidates is None else list(benchmark.candidates),
-        "queries": _digest(*sorted(query.key for query in queries)),
-        "support": _digest(*sorted(example.key for example in benchmark.support)),
+        "number_of_queries": len(queries),
+        "queries": _digest(sorted(map(_describe, queries))),
+        # In order: what is drawn depends on it.
+        "support": _digest([[*_describe(example), example.shown_answer] for example in benchmark.support]),
         "selection": type(select).__name__,
         **vars(options),
         **about,
     }
 
 
-def _digest(*keys: str) -> str:
-    return hashlib.blake2b("\n".join(keys).encode(), digest_size=8).hexdigest()
+def _describe(example: Example) -> list[Any]:
+    """Say all that a prompt shows of an example, but for its answer. Of media, which may be moved, names of files."""
+    sources = [getattr(medium, "source", medium) for medium in example.media]  # of a VideoFile
+    names = [Path(source).name if isinstance(source, str | Path) else "" for source in sources]
+    return [example.key, sorted(example.fields.items()), names]
+
+
+def _digest(content: Any) -> str:
+    return hashlib.blake2b(json.dumps(content).encode(), digest_size=8).hexdigest()
+
+
+def _sample_weights(model: Any) -> str | None:
+    """Tell a model from others by the first numbers of each parameter: to read all takes long.
+
+    Tensors of other kinds, as quantized ones, and those that are not loaded are left out.
+    """
+    if not isinstance(model, nn.Module):
+        return None
+    found = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    plain = {name: tensor for name, tensor in found.items() if type(tensor) is Tensor and not tensor.is_meta}
+    return hash_tensors({name: tensor.flatten()[:16] for name, tensor in plain.items()})[:16]
+
+
+def _check_options(benchmark: Benchmark, options: Options) -> None:
+    if options.max_new_tokens is not None and options.max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {options.max_new_tokens}")
+    if benchmark.candidates is None and (options.ensemble != 1 or options.length_normalization != "none"):
+        raise ValueError(
+            f"ensemble and length_normalization are for candidates, but {benchmark.name} has none: the model writes "
+            f"its answers; leave them out, got {options.ensemble} and {options.length_normalization!r}"
+        )
+
+
+def _check_support(select: SupportSelector, queries: Sequence[Example], log: AnswerLog) -> None:
+    """Check that the first answers of each set were of the support that would be chosen now."""
+    by_key = {query.key: query for query in queries}
+    checked: Counter[tuple[int, int]] = Counter()
+    for (shots, seed, key), answer in log.answers.items():
+        checked[shots, seed] += 1
+        if checked[shots, seed] > _CHECKED or key not in by_key:
+            continue
+        number = shots or TEXT_ONLY_SHOTS
+        support = tuple(example.key for example in select(by_key[key], shots=number, seed=seed))
+        if support != answer.support:
+            raise ValueError(
+                f"{log.folder} holds answers with other support: for query {key!r} {answer.support}, not {support}; "
+                "choose it in the same way, write to another folder, or delete this one"
+            )
 
 
 def _check(shots: Sequence[int], seeds: Sequence[int], batch_size: int, process: int, processes: int) -> None:

@@ -100,7 +100,7 @@ def _prepare(processor: Any, prompts: Sequence[Prompt]) -> Any:
                 )
         return processor(texts, return_token_type_ids=False, **options)
     has_media = any(prompt.media for prompt in prompts)
-    return processor(text=texts, images=[list(prompt.media) for prompt in prompts] if has_media else None, **options)
+    return processor(text=texts, images=[prompt.images for prompt in prompts] if has_media else None, **options)
 
 
 def _own_ends(model: Any) -> set[int]:

@@ -6,6 +6,7 @@ Source: Alayrac et al. 2022 (Flamingo), section 2.5 and appendix A.2.
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 _PLACE = re.compile(r"\{(\w*)\}")
@@ -132,6 +133,11 @@ class Prompt:
     media: tuple[Any, ...]
     space: str
     end: str
+
+    @property
+    def images(self) -> list[Any]:
+        """The media as processors take them: those of transformers know names of files as text alone."""
+        return [str(medium) if isinstance(medium, Path) else medium for medium in self.media]
 
 
 def write_prompt(

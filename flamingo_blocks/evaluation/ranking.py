@@ -60,7 +60,8 @@ def score_candidates(
     Raises:
         ValueError: If there are no candidates or no prompts, a candidate is blank, adds no token or holds an `<image>`
             token, the prompt has no token, a text has more tokens than the model has positions, there are media but
-            only a tokenizer, the model is in training mode or cannot share the prompt, or an option is none of these.
+            only a tokenizer, the model is in training mode or cannot share the prompt, scores are nan, or an option is
+            none of these.
 
     Example:
         ```python
@@ -92,7 +93,10 @@ def score_candidates(
         if length_normalization == "tokens":
             score = score / torch.tensor([len(answer) for answer in encoded.answers], device=score.device)
         scores.append(score)
-    return torch.stack(scores).mean(0)
+    found = torch.stack(scores).mean(0)
+    if found.isnan().any():
+        raise ValueError("the model's logits must be numbers, but scores are nan; try another dtype, such as float32")
+    return found
 
 
 @dataclass(frozen=True)
@@ -123,14 +127,13 @@ def _encode(model: Any, processor: Any, prompt: Prompt, texts: Sequence[str]) ->
                 "text alone; pass the model's processor"
             )
         if tokenizer is not None:
-            encoded = processor(text=[prompt.text], images=[list(prompt.media)], return_tensors="pt")
+            encoded = processor(text=[prompt.text], images=[prompt.images], return_tensors="pt")
             media = {name: encoded[name] for name in ("pixel_values", "num_frames") if name in encoded}
         prompt_ids, *rows = (tokenizer or processor)([prompt.text, *texts])["input_ids"]
     else:
         # What stands for a medium may be many tokens, and other inputs belong to them.
         of_prompt, *inputs = (
-            processor(text=[text], images=list(prompt.media) or None, return_tensors="pt")
-            for text in (prompt.text, *texts)
+            processor(text=[text], images=prompt.images or None, return_tensors="pt") for text in (prompt.text, *texts)
         )
         prompt_ids, *rows = ([int(i) for i in row["input_ids"][0]] for row in (of_prompt, *inputs))
     columns = zip(prompt_ids, *rows, strict=False)

@@ -125,9 +125,10 @@ def media_vectors(
         The vectors in float32 on the CPU, by the examples' keys.
 
     Raises:
-        ValueError: If an example has no media, two have the same key, the encoder's result has the wrong shape or is
-            not finite, or the file at `path` is damaged or stale: made with another encoder or processor, or of other
-            examples. Of a medium in a file, name and size count; of one in memory, nothing but its example's key.
+        ValueError: If the model has no vision encoder, an example has no media, two have the same key, the encoder's
+            result has the wrong shape or is not finite, or the file at `path` is damaged or stale: made with another
+            encoder or processor, or of other examples. Of a medium in a file, name and size count; of one in memory,
+            nothing but its example's key.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -136,6 +137,11 @@ def media_vectors(
         if not example.media:
             raise ValueError(f"example {example.key!r} has no media, by which it could be compared; leave it out")
     encoder = getattr(model, "vision_encoder", model)
+    if hasattr(encoder, "generate"):
+        raise ValueError(
+            f"model must have a vision_encoder, or be one, got {type(model).__name__}, which writes text; pass "
+            "a function that makes features of pixels with its vision tower"
+        )
     if path is None:
         return _encode_examples(encoder, processor, examples, batch_size, progress)
     from safetensors.torch import load_file, save_file

@@ -44,6 +44,18 @@ def test_answers_of_other_settings_are_refused(tmp_path: Path) -> None:
         AnswerLog(tmp_path, {**SETTINGS, "num_beams": 1}, process=1)
 
 
+def test_answers_of_runs_that_began_at_once_are_not_mixed(tmp_path: Path) -> None:
+    logs = [AnswerLog(tmp_path, {**SETTINGS, "num_beams": beams}) for beams in (3, 1)]
+    logs[0].append([FIRST])
+    with pytest.raises(ValueError, match=r"answers with num_beams=3, not 1"):
+        logs[1].append([SECOND])
+    other = AnswerLog(tmp_path / "apart", {**SETTINGS, "num_beams": 1}, process=1)
+    other.append([SECOND])
+    (tmp_path / "apart" / "answers-1.jsonl").rename(tmp_path / "answers-1.jsonl")
+    with pytest.raises(ValueError, match=r"answers-1.jsonl holds answers with num_beams=1, not 3"):
+        AnswerLog(tmp_path)
+
+
 @pytest.mark.parametrize("line", ["{}", "no json", "[]", '{"shots": 1, "seed": 2}', "\u2028"])
 def test_a_damaged_line_is_named(line: str, tmp_path: Path) -> None:
     path = tmp_path / "answers-0.jsonl"

@@ -219,3 +219,14 @@ def test_a_file_of_your_own_benchmark_that_is_missing_is_named(tmp_path: Path) -
 def test_a_benchmark_without_queries_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one query"):
         Benchmark("empty", VQA, [], [], "top_1")
+
+
+def test_queries_with_one_key_are_refused() -> None:
+    with pytest.raises(ValueError, match="examples must have a key each, but several have '1'"):
+        Benchmark("twice", VQA, [], [Example("1", (), ("a",)), Example("1", (), ("b",))], "top_1")
+
+
+def test_vqa_accuracy_of_one_person_is_refused_as_nobody_else_can_agree() -> None:
+    queries = [Example("1", (), ("a", "a")), Example("2", (), ("b",))]
+    with pytest.raises(ValueError, match=r"but 1 have one, of which nothing counts as right, e\.g\. '2'; take top_1"):
+        Benchmark("alone", VQA, [], queries, "vqa_accuracy")

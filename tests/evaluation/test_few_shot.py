@@ -12,6 +12,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+)
 
 from flamingo_blocks.evaluation import (
     CLASSIFICATION,
@@ -32,7 +39,8 @@ from flamingo_blocks.evaluation import (
     write_prompt,
 )
 from flamingo_blocks.evaluation.few_shot import choose_queries
-from tests.tiny_flamingo import make_flamingo
+from tests.tiny_flamingo import make_flamingo, make_tokenizer
+from tests.tiny_language_models import CONFIGS
 
 
 def image(seed: int) -> Image.Image:
@@ -166,6 +174,42 @@ def test_answers_of_other_settings_are_not_mixed_in(change: dict[str, Any], tmp_
         run(ASKED, tmp_path, **change)
 
 
+@pytest.mark.parametrize(
+    "changed",
+    [
+        replace(ASKED, queries=[replace(query, fields={"question": "w30"}) for query in ASKED.queries]),
+        replace(ASKED, queries=[replace(query, media=query.media * 2) for query in ASKED.queries]),
+        replace(ASKED, support=[replace(example, label="w30") for example in ASKED.support]),
+        replace(ASKED, support=ASKED.support[::-1]),
+    ],
+    ids=["questions", "media", "shown answers", "order of the support"],
+)
+def test_answers_of_examples_that_changed_under_their_keys_are_not_mixed_in(changed: Benchmark, tmp_path: Path) -> None:
+    run(ASKED, tmp_path, shots=[1], seeds=[0])
+    with pytest.raises(ValueError, match="holds answers with"):
+        run(changed, tmp_path, shots=[1], seeds=[1])
+
+
+def test_answers_of_a_model_that_was_trained_on_are_not_mixed_in(tmp_path: Path) -> None:
+    model: Any
+    model, processor = make_flamingo()
+    options: dict[str, Any] = {"out": tmp_path, "shots": [1], "options": Options(num_beams=1, max_new_tokens=1)}
+    evaluate(model.eval(), processor, ASKED, RandomSupport(ASKED.support), **options)
+    with torch.no_grad():
+        next(p for name, p in model.named_parameters() if name.endswith("alpha")).add_(0.01)
+    with pytest.raises(ValueError, match="holds answers with weights="):
+        evaluate(model, processor, ASKED, RandomSupport(ASKED.support), **options)
+
+
+@pytest.mark.parametrize("seeds", [[0], [1]])
+def test_answers_of_support_that_was_chosen_otherwise_are_not_mixed_in(seeds: list[int], tmp_path: Path) -> None:
+    model, processor = flamingo()
+    options: dict[str, Any] = {"out": tmp_path, "shots": [2], "options": Options(num_beams=1, max_new_tokens=1)}
+    evaluate(model, processor, ASKED, RandomSupport(ASKED.support), seeds=[0], **options)
+    with pytest.raises(ValueError, match="holds answers with other support: for query 'q0'"):
+        evaluate(model, processor, ASKED, RandomSupport(ASKED.support, balanced=True), seeds=seeds, **options)
+
+
 def test_only_complete_sets_of_answers_are_scored(tmp_path: Path) -> None:
     scores = run(ASKED, tmp_path, shots=[1], seeds=[0], process=1, processes=2)
     assert scores.by_shots == {}
@@ -249,6 +293,9 @@ def test_the_table_has_mean_and_standard_error_over_seeds(tmp_path: Path) -> Non
         ({"limit": 0}, r"limit must be at least 1, got 0"),
         ({"process": 2, "processes": 2}, r"process must be in 0..1"),
         ({"shots": [7]}, r"shots must be at most 6"),
+        ({"options": Options(max_new_tokens=0)}, r"max_new_tokens must be at least 1, got 0"),
+        ({"options": Options(ensemble=6)}, r"ensemble and length_normalization are for candidates, but asked has none"),
+        ({"options": Options(length_normalization="tokens")}, r"leave them out, got 1 and 'tokens'"),
     ],
 )
 def test_what_cannot_be_asked_is_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -271,3 +318,43 @@ def test_a_processor_with_other_tokens_is_given_its_own(tmp_path: Path) -> None:
 
     evaluate(model, Spy(), benchmark, RandomSupport(benchmark.support), out=tmp_path, shots=[1], options=Options(1, 1))
     assert all(text.count(processor.end_of_chunk_token) == 1 for text in seen)
+
+
+@pytest.mark.parametrize("benchmark", [ASKED, CHOSEN])
+def test_another_model_of_images_and_text_is_asked_about_files(benchmark: Benchmark, tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(specials=("<image>", "<EOC>"))
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8
+    )
+    image_id = tokenizer.get_vocab()["<image>"]
+    config: Any = LlavaConfig(vision_config=vision, text_config=CONFIGS["llama"](), image_token_index=image_id)
+    model: Any = LlavaForConditionalGeneration(config).eval()
+    processor: Any = LlavaProcessor(
+        CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}),
+        tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )
+
+    def save(example: Example) -> Example:
+        example.media[0].save(tmp_path / f"{example.key}.png")
+        return replace(example, media=(tmp_path / f"{example.key}.png",))
+
+    in_files = replace(
+        benchmark,
+        support=[save(each) for each in benchmark.support],
+        queries=[save(each) for each in benchmark.queries],
+    )
+    for name, asked in (("memory", benchmark), ("files", in_files)):
+        evaluate(
+            model,
+            processor,
+            asked,
+            RandomSupport(asked.support),
+            out=tmp_path / name,
+            shots=[0, 2],
+            options=Options(num_beams=2, max_new_tokens=3),
+        )
+    assert answers(tmp_path / "files") == answers(tmp_path / "memory")
+    assert len(answers(tmp_path / "files")) == 10

@@ -351,6 +351,14 @@ def test_a_candidate_that_adds_no_token_is_refused() -> None:
         score_candidates(model, tokenizer, Prompt("w9 w10", (), " ", ""), ["w20", silent])
 
 
+def test_scores_that_are_no_numbers_are_refused() -> None:
+    model, tokenizer = make_lm("llama").eval(), make_tokenizer()
+    with torch.no_grad():
+        model.lm_head.weight.fill_(torch.nan)
+    with pytest.raises(ValueError, match="scores are nan; try another dtype"):
+        score_candidates(model, tokenizer, Prompt("w9 w10", (), " ", ""), ["w20", "w21"])
+
+
 def test_a_model_in_training_mode_is_refused() -> None:
     model = make_lm("llama").train()
     with pytest.raises(ValueError, match=r"model must be in eval mode, .* call model.eval\(\)"):

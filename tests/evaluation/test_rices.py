@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flamingo_blocks.evaluation import Example, RicesSupport, media_vectors
 from tests.tiny_flamingo import make_flamingo
+from tests.tiny_language_models import make_lm
 from tests.tiny_videos import write_video
 
 
@@ -347,3 +348,11 @@ def test_examples_that_cannot_be_encoded_are_refused() -> None:
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         media_vectors(encode, encode, [], batch_size=0)
     assert media_vectors(encode, encode, [], progress=False) == {}
+
+
+def test_a_model_that_writes_and_has_no_vision_encoder_is_refused() -> None:
+    model = make_lm("llama")
+    with pytest.raises(
+        ValueError, match=r"model must have a vision_encoder, or be one, got LlamaForCausalLM, which wr"
+    ):
+        media_vectors(model, None, [Example("a", ("a.png",), ("b",))])
