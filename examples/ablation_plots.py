@@ -7,15 +7,12 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import PercentFormatter
 
 
-def plot_rows(
-    rows: Sequence[tuple[str, float, float, float | None]], path: Path, *, title: str = "difference from the baseline"
-) -> None:
+def plot_rows(rows: Sequence[tuple[str, float, float, float | None]], path: Path) -> None:
     """Draw how far each row is from the baseline, here and in the paper.
 
     Args:
         rows: Label, our difference, half of its 95% interval, and the paper's difference, if it has one; in points.
         path: Where the picture goes.
-        title: Above the picture.
     """
     figure, axis = plt.subplots(figsize=(8.5, 0.34 * len(rows) + 1.4), layout="constrained")
     places = range(len(rows))
@@ -34,9 +31,9 @@ def plot_rows(
     axis.axvline(0, color="0.6", linewidth=1, zorder=0)
     axis.set_yticks(places, [row[0] for row in rows])
     axis.invert_yaxis()
-    axis.set(xlabel="points", title=title)
+    axis.set(xlabel="difference from the baseline, in points")
     axis.grid(axis="x", alpha=0.3)
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
