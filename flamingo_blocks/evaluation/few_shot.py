@@ -30,7 +30,6 @@ PAPERS_SHOTS = (0, 4, 8, 16, 32)
 TEXT_ONLY_SHOTS = 2
 # Answers of each set of shots and seed whose support is chosen again when a run goes on: each may take milliseconds.
 _CHECKED = 4
-_MAX_NEW_TOKENS = {"cider": 32, "vqa_accuracy": 16}
 
 
 @dataclass(frozen=True)
@@ -324,7 +323,7 @@ def _answer(
             model,
             processor,
             prompts,
-            max_new_tokens=options.max_new_tokens or _MAX_NEW_TOKENS.get(benchmark.metric, 16),
+            max_new_tokens=options.max_new_tokens or (32 if benchmark.metric == "cider" else 16),
             num_beams=options.num_beams,
             batch_size=batch_size,
         )
