@@ -141,10 +141,10 @@ def _tiles(
     batch, text, _, _ = queries.shape
     num_media = media.keys.shape[1]
     segments = runs.segments(num_media)
-    length = segments.length.flatten()
-    tiles = (length + _TILE - 1) // _TILE
-    end_tile, end_token = tiles.cumsum(0), length.cumsum(0)
-    first_tile, first_token = end_tile - tiles, end_token - length
+    first_token, end_token = segments.ends[:-1], segments.ends[1:]
+    tiles = (end_token - first_token + _TILE - 1) // _TILE
+    end_tile = tiles.cumsum(0)
+    first_tile = end_tile - tiles
     own = segments.medium + num_media * torch.arange(batch, device=queries.device)[:, None]
     # As many tiles as any layout may need. Those that are left over, and the rest of a medium's last tile, repeat a
     # token with its own medium; what comes out of them is not read.
@@ -171,14 +171,13 @@ def _varlen(
     batch, text, heads, _ = queries.shape
     num_media, latents, kv_heads = media.keys.shape[1:4]
     segments = runs.segments(num_media)
-    ends = F.pad(segments.length.flatten().cumsum(0), (1, 0)).int()
-    media_ends = latents * torch.arange(batch * num_media + 1, device=queries.device, dtype=torch.int32)
+    media_ends = torch.arange(0, batch * num_media * latents + 1, latents, device=queries.device, dtype=torch.int32)
     keys, values = media.keys.flatten(0, 2), media.values.flatten(0, 2)
     if kv_heads != heads:  # older kernels want as many
         keys, values = (x.repeat_interleave(heads // kv_heads, dim=1) for x in (keys, values))
     queries_in_a_row = segments.clear(queries).flatten(0, 1)
     try:
-        output: Any = varlen.varlen_attn(queries_in_a_row, keys, values, ends, media_ends, text, latents)
+        output: Any = varlen.varlen_attn(queries_in_a_row, keys, values, segments.ends, media_ends, text, latents)
     except NotImplementedError as error:
         raise ValueError(
             'algorithm "varlen" needs half precision on a CUDA device, got '

@@ -274,12 +274,12 @@ class MediaRuns:
 
     def segments(self, num_media: int) -> "MediaSegments":
         """Give the runs as segments of neighbouring tokens, one for each medium; they must be in order."""
-        if torch.compiler.is_compiling():  # which finds by itself that layers do the same
-            return _collect_segments(self.ranges, num_media)
+        if torch.compiler.is_compiling():  # which finds by itself that layers do the same, and must not see the table
+            return _collect_segments(self.ranges, None, num_media)
         known: dict[int, MediaSegments] = vars(self).setdefault("_segments", {})
         if num_media not in known:
             with torch.inference_mode(False):  # they may serve in training, too
-                known[num_media] = _collect_segments(self.ranges, num_media)
+                known[num_media] = _collect_segments(self.ranges, self.table, num_media)
         return known[num_media]
 
     @cached_property
@@ -324,30 +324,40 @@ class MediaSegments(NamedTuple):
 
     Attributes:
         medium: The medium of each token's segment.
-        length: How many tokens the segment of each medium has.
-        sees_something: False for tokens that see nothing.
-        is_wrong: True for tokens whose ranges are not in order, or name a medium that is not there.
+        ends: Where segments end in the tokens of all rows, behind a 0: what kernels for sequences of unequal lengths
+            want.
+        blind: True for tokens that see nothing. None where a table of runs tells that there is none.
+        wrong: True for tokens whose ranges are not in order, or name a medium that is not there. None where there is a
+            table: both were checked.
     """
 
     medium: Int[Tensor, "batch text"]
-    length: Int[Tensor, "batch media"]
-    sees_something: Bool[Tensor, "batch text"]
-    is_wrong: Bool[Tensor, "batch text"]
+    ends: Int[Tensor, " segments_and_1"]
+    blind: Bool[Tensor, "batch text"] | None
+    wrong: Bool[Tensor, "batch text"] | None
 
     def clear(self, x: Float[Tensor, "batch text heads head_dim"]) -> Float[Tensor, "batch text heads head_dim"]:
         """Set tokens that see nothing to zero, their gradients too, and those that are wrong to NaN."""
-        x = x.masked_fill(~self.sees_something[..., None, None], 0)
-        return x.masked_fill(self.is_wrong[..., None, None], torch.nan)
+        if self.blind is not None:
+            x = x.masked_fill(self.blind[..., None, None], 0)
+        return x if self.wrong is None else x.masked_fill(self.wrong[..., None, None], torch.nan)
 
 
-def _collect_segments(ranges: Int[Tensor, "batch text 2"], num_media: int) -> MediaSegments:
+def _collect_segments(
+    ranges: Int[Tensor, "batch text 2"], table: tuple[MediaRun, ...] | None, num_media: int
+) -> MediaSegments:
     start, stop = ranges.unbind(-1)
-    sees_something = start < stop
-    medium = start.where(sees_something, 0).cummax(-1).values
-    is_wrong = sees_something & ((stop - start > 1) | (start < medium) | (stop > num_media))
+    sees_nothing = start >= stop
+    medium = start.masked_fill(sees_nothing, 0).cummax(-1).values
+    blind: Tensor | None = sees_nothing
+    wrong: Tensor | None = None
+    if table is None:
+        wrong = ~sees_nothing & ((stop - start > 1) | (start < medium) | (stop > num_media))
+    elif all(run.media_start < run.media_stop for run in table):
+        blind = None
     medium = medium.clamp(max=num_media - 1)
     length = medium.new_zeros(ranges.shape[0], num_media).scatter_add(1, medium, torch.ones_like(medium))
-    return MediaSegments(medium, length, sees_something, is_wrong)
+    return MediaSegments(medium, F.pad(length.flatten().cumsum(0), (1, 0)).int(), blind, wrong)
 
 
 def check_ranges(ranges: Int[Tensor, "batch text 2"]) -> None:
