@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.cases import Layout, Step, check_equal, make_runs, place_media, speed_ups, time_both
+from benchmarks.cases import Layout, Step, check_equal, make_runs, name_sizes, place_media, speed_ups, time_both
 from benchmarks.measure import Result, as_script
 from benchmarks.memory import peak_memory
 from benchmarks.peers import HEAD_DIM, LATENTS, Peer, open_flamingo
@@ -28,6 +28,7 @@ class AttentionSizes:
         heads: Attention heads.
         dtype: Of weights and inputs.
         device: Of weights and inputs.
+        batch: Number of rows.
     """
 
     text: int = 2048
@@ -36,9 +37,14 @@ class AttentionSizes:
     heads: int = 8
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
+    batch: int = 1
+
+    def place_media(self, layout: Layout) -> Tensor:
+        """Say where the media are."""
+        return place_media(layout, text=self.text, media=self.media, batch=self.batch, device=self.device)
 
     def __str__(self) -> str:
-        return f"T={self.text} M={self.media}, {str(self.dtype).removeprefix('torch.')}"
+        return f"{name_sizes(self.batch, self.text, self.media)}, {str(self.dtype).removeprefix('torch.')}"
 
 
 Attend = Callable[[Tensor, KeyValues, MediaRuns], Tensor]
@@ -92,9 +98,9 @@ def _core_inputs(sizes: AttentionSizes, layout: Layout) -> tuple[list[Tensor], T
     generator, inner = torch.Generator().manual_seed(0), sizes.heads * HEAD_DIM
     inputs = [
         torch.randn(shape, generator=generator).to(sizes.device, sizes.dtype).requires_grad_()
-        for shape in ((1, sizes.text, inner), (1, sizes.media, LATENTS, 2 * inner))
+        for shape in ((sizes.batch, sizes.text, inner), (sizes.batch, sizes.media, LATENTS, 2 * inner))
     ]
-    return inputs, place_media(layout, text=sizes.text, media=sizes.media, device=sizes.device)
+    return inputs, sizes.place_media(layout)
 
 
 def attention_module(block: GatedCrossAttentionBlock, hidden_states: Tensor, media: Tensor, runs: MediaRuns) -> Tensor:
@@ -135,7 +141,8 @@ def module_steps(sizes: AttentionSizes) -> ModuleSteps:
     """
     torch.manual_seed(0)
     peer = open_flamingo(dim=sizes.dim, media_dim=sizes.dim, heads=sizes.heads)
-    hidden_states, media = torch.randn(1, sizes.text, sizes.dim), torch.randn(1, sizes.media, LATENTS, sizes.dim)
+    hidden_states = torch.randn(sizes.batch, sizes.text, sizes.dim)
+    media = torch.randn(sizes.batch, sizes.media, LATENTS, sizes.dim)
     for dtype in (torch.float32, sizes.dtype):
         for module in (peer.ours, peer.module):
             module.to(sizes.device, dtype).eval()
@@ -146,7 +153,7 @@ def module_steps(sizes: AttentionSizes) -> ModuleSteps:
 
 
 def _module_pair(peer: Peer, sizes: AttentionSizes, inputs: list[Tensor]) -> tuple[Step, Step]:
-    is_media = place_media("balanced", text=sizes.text, media=sizes.media, device=sizes.device)
+    is_media = sizes.place_media("balanced")
     hidden_states, media = inputs
     module: Any = peer.module.attn
     return (
@@ -169,10 +176,10 @@ def _floor(block: GatedCrossAttentionBlock, sizes: AttentionSizes, inputs: list[
     def projections() -> tuple[Tensor, Tensor]:
         return block.to_out(block.to_q(block.norm(hidden_states))), block.to_kv(media)
 
-    shape = (1, sizes.heads, sizes.text, HEAD_DIM)
+    shape = (sizes.batch, sizes.heads, sizes.text, HEAD_DIM)
     queries = torch.randn(shape, device=sizes.device, dtype=sizes.dtype, requires_grad=True)
     keys, values = (
-        torch.randn(1, sizes.heads, LATENTS, HEAD_DIM, device=sizes.device, dtype=sizes.dtype, requires_grad=True)
+        torch.randn((*shape[:2], LATENTS, HEAD_DIM), device=sizes.device, dtype=sizes.dtype, requires_grad=True)
         for _ in range(2)
     )
 

@@ -13,18 +13,19 @@ from flamingo_blocks.blocks import MediaRuns, media_ranges
 Layout = Literal["balanced", "random", "one long run"]
 
 
-def place_media(layout: Layout, *, text: int, media: int, device: str = "cpu") -> Tensor:
-    """Say where a row of text has its media.
+def place_media(layout: Layout, *, text: int, media: int, batch: int = 1, device: str = "cpu") -> Tensor:
+    """Say where rows of text have their media, all in the same places.
 
     Args:
         layout: At equal distances from the first token on; anywhere; or all at the start, so that the last medium is
             seen by all of the text but its beginning.
         text: Number of tokens.
         media: Number of them that stand for a medium.
+        batch: Number of rows.
         device: Of the result.
 
     Returns:
-        True where a token stands for a medium, of shape (1, text).
+        True where a token stands for a medium, of shape (batch, text).
     """
     if layout == "balanced":
         places = torch.arange(media) * text // media
@@ -32,7 +33,12 @@ def place_media(layout: Layout, *, text: int, media: int, device: str = "cpu") -
         places = torch.randperm(text, generator=torch.Generator().manual_seed(0))[:media]
     else:
         places = torch.arange(media)
-    return torch.zeros(1, text, dtype=torch.bool).index_fill(1, places, True).to(device)
+    return torch.zeros(batch, text, dtype=torch.bool).index_fill(1, places, True).to(device)
+
+
+def name_sizes(batch: int, text: int, media: int) -> str:
+    """Name sizes as rows of the tables do; a batch of one goes without saying."""
+    return f"{f'B={batch} ' if batch > 1 else ''}T={text} M={media}"
 
 
 def make_runs(is_media: Tensor) -> MediaRuns:

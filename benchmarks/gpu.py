@@ -1,4 +1,4 @@
-"""The same on a CUDA device in bfloat16: every algorithm, modules and blocks, and decoding with CUDA graphs."""
+"""The same on a CUDA device in bfloat16: all algorithms, modules, blocks, training, and decoding with CUDA graphs."""
 
 import sys
 from collections.abc import Iterator
@@ -28,7 +28,9 @@ from benchmarks.blocks import BlockSizes, block_steps, over_nearest_peer
 from benchmarks.cases import Layout, check_equal, speed_ups
 from benchmarks.measure import Result, medians, report
 from benchmarks.memory import peak_memory
+from benchmarks.models import both
 from benchmarks.peers import HEAD_DIM, LATENTS, open_flamingo
+from benchmarks.training import make_steps
 from flamingo_blocks import LMLayerInjector
 from flamingo_blocks.blocks import Algorithm, KeyValues, MediaRuns
 
@@ -38,25 +40,33 @@ class Sizes:
     """How large everything is.
 
     Attributes:
+        batch: Number of rows, enough to keep a large device busy.
         text: Number of tokens.
         media: Number of media.
         many_media: Number of media, where the cost of more media is measured.
         dim: Width of text and media.
         few: Pairs of text and media where there are few media.
-        layers: Decoder layers of the language model that decodes, each with a block.
-        vocab: Its vocabulary.
+        blocks: How many blocks share a table of runs; Flamingo-9B has ten.
+        layers: Decoder layers of the language models that are trained and that decode, each with a block.
+        prompts: Rows, images and tokens of the batches on which whole models are trained.
+        vocab: The vocabulary of the language model that decodes.
         tokens: Number of tokens decoded.
+        seconds: How long each core of attention is measured, forward, and with backward.
         dtype: Of weights and inputs.
     """
 
+    batch: int = 8
     text: int = 2048
     media: int = 32
     many_media: int = 256
     dim: int = 2048
     few: tuple[tuple[int, int], ...] = ((256, 1), (1024, 5))
+    blocks: int = 4
     layers: int = 12
+    prompts: tuple[tuple[int, int, int], ...] = ((32, 5, 256), (4, 32, 2048))
     vocab: int = 32_000
     tokens: int = 32
+    seconds: float = 1.0
     dtype: torch.dtype = torch.bfloat16
 
 
@@ -68,23 +78,24 @@ def run(device: str = "cuda", sizes: Sizes | None = None) -> Iterator[Result]:
         sizes: How large everything is.
     """
     sizes = Sizes() if sizes is None else sizes
-    attention = AttentionSizes(text=sizes.text, media=sizes.media, dim=sizes.dim, dtype=sizes.dtype, device=device)
+    common: dict[str, Any] = {"dim": sizes.dim, "dtype": sizes.dtype, "device": device}
+    attention = AttentionSizes(text=sizes.text, media=sizes.media, batch=sizes.batch, **common)
     for layout in get_args(Layout):
-        yield from _cores(attention, layout)
+        yield from _cores(attention, layout, sizes.seconds)
     yield from same_tokens(attention, 1, sizes.media, "")
     yield from same_tokens(attention, sizes.media, sizes.many_media, "")
     yield from _module(attention)
-    block = BlockSizes(text=sizes.text, media=sizes.media, dim=sizes.dim, dtype=sizes.dtype, device=device)
-    ours, theirs = block_steps("OpenFlamingo", block)
-    yield from speed_ups(f"whole gated block with its run table, {block}", "OpenFlamingo", ours, theirs)
+    for batch, layers in ((sizes.batch, sizes.blocks), (1, 1)):
+        block = BlockSizes(text=sizes.text, media=sizes.media, batch=batch, layers=layers, **common)
+        yield from speed_ups(block.what, "OpenFlamingo", *block_steps("OpenFlamingo", block))
     for text, media in sizes.few:
-        yield from over_nearest_peer(
-            BlockSizes(text=text, media=media, dim=sizes.dim, dtype=sizes.dtype, device=device)
-        )
+        few = BlockSizes(text=text, media=media, batch=sizes.batch, layers=sizes.blocks, **common)
+        yield from over_nearest_peer(few, goal="")
+    yield from _training(sizes, device)
     yield from _decoding(sizes, device)
 
 
-def _cores(sizes: AttentionSizes, layout: Layout) -> Iterator[Result]:
+def _cores(sizes: AttentionSizes, layout: Layout, seconds: float) -> Iterator[Result]:
     theirs = open_flamingo_core_step(sizes, layout)
     attends: dict[str, Attend] = {"flex_attention, compiled": _flex}
     for algorithm in get_args(Algorithm):
@@ -97,12 +108,12 @@ def _cores(sizes: AttentionSizes, layout: Layout) -> Iterator[Result]:
             sys.stderr.write(f"{name} does not run here: {str(error).splitlines()[0]}\n")
             continue
         check_equal({"OpenFlamingo": theirs, name: step})
-        yield from speed_ups(
-            f"attention core by {name}, with its run table, {layout}, {sizes}", "OpenFlamingo", step, theirs
-        )
+        what = f"attention core by {name}, with its run table, {layout}, {sizes}"
+        yield from speed_ups(what, "OpenFlamingo", step, theirs, seconds=seconds)
     ours = core_step(sizes, layout)
     check_equal({"OpenFlamingo": theirs, "ours": ours})
-    yield from speed_ups(f"attention core with its run table, {layout}, {sizes}", "OpenFlamingo", ours, theirs)
+    what = f"attention core with its run table, {layout}, {sizes}"
+    yield from speed_ups(what, "OpenFlamingo", ours, theirs, seconds=seconds)
 
 
 def _flex(queries: Tensor, media: KeyValues, runs: MediaRuns) -> Tensor:
@@ -139,6 +150,25 @@ def _module(sizes: AttentionSizes) -> Iterator[Result]:
     yield from over_floor(what, steps, ("", ""))
     ours, theirs = (peak_memory(step.with_backward, device=sizes.device) / MIB for step in (steps.ours, steps.theirs))
     yield Result.speed_up(f"peak memory of the {what}, forward and backward", "OpenFlamingo", ours, theirs, unit="MiB")
+
+
+def _training(sizes: Sizes, device: str) -> Iterator[Result]:
+    """Train whole models, their float32 weights under autocast."""
+    for batch, images, text in sizes.prompts:
+        with torch.device(device):
+            ours, theirs = both(dim=sizes.dim, layers=sizes.layers)  # anew, since steps train them apart
+        # Rounding, of which a GPU's kernels have more, grows from layer to layer.
+        options: dict[str, Any] = {"batch": batch, "dtype": sizes.dtype, "tolerance": 1e-3}
+        steps = make_steps(ours.train(), theirs.train(), images, text, **options)
+        seconds = medians({"ours": steps.ours, "theirs": steps.theirs})
+        what = (
+            f"training step under autocast, {batch} rows of {images} images in {text:,} tokens, {sizes.layers} layers "
+            f"each with a block, d={sizes.dim}"
+        )
+        yield Result.speed_up(what, "OpenFlamingo", seconds["ours"], seconds["theirs"])
+        our_memory, their_memory = (peak_memory(step, device=device) / MIB for step in (steps.ours, steps.theirs))
+        what = f"peak memory of a {what}, beside weights and optimizer"
+        yield Result.speed_up(what, "OpenFlamingo", our_memory, their_memory, unit="MiB")
 
 
 class _InPlace(nn.Module):

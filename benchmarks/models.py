@@ -27,16 +27,16 @@ VISION_DIM, PATCHES = 1024, 256
 IMAGE = VOCAB  # both models get two tokens beyond the language model's own, as their builders give them
 
 
-def language_model() -> Any:
+def language_model(*, dim: int = DIM, layers: int = LAYERS) -> Any:
     """Make a language model with random weights."""
     torch.manual_seed(0)
     config = OPTConfig(
         vocab_size=VOCAB,
-        hidden_size=DIM,
-        word_embed_proj_dim=DIM,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=12,
-        ffn_dim=4 * DIM,
+        hidden_size=dim,
+        word_embed_proj_dim=dim,
+        num_hidden_layers=layers,
+        num_attention_heads=dim // 64,
+        ffn_dim=4 * dim,
         max_position_embeddings=4096,
         dropout=0.0,  # else the two would differ in training
     )
@@ -94,20 +94,20 @@ def open_flamingo(lm: Any, ours: Any) -> Any:
     return theirs.eval()
 
 
-def both() -> tuple[Any, Any]:
+def both(*, dim: int = DIM, layers: int = LAYERS) -> tuple[Any, Any]:
     """Make both models with the same weights, each with a language model of its own."""
-    lm = language_model()
+    lm = language_model(dim=dim, layers=layers)
     copied = copy.deepcopy(lm)
     ours = flamingo(lm)
     return ours, open_flamingo(copied, ours)
 
 
-def prompt(images: int, text: int, *, patches: int = PATCHES) -> tuple[Tensor, Tensor]:
-    """Make text in which images come at regular distances, from the first token on, and their features."""
-    generator = torch.Generator().manual_seed(0)
-    input_ids = torch.randint(5, VOCAB, (1, text), generator=generator)
+def prompt(images: int, text: int, *, patches: int = PATCHES, batch: int = 1) -> tuple[Tensor, Tensor]:
+    """Make rows of text with images at regular distances, from the first token on, and their features; on CPU."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    input_ids = torch.randint(5, VOCAB, (batch, text), generator=generator)
     input_ids[:, torch.arange(images) * text // images] = IMAGE
-    return input_ids, torch.randn(1, images, 1, patches, VISION_DIM, generator=generator)
+    return input_ids, torch.randn(batch, images, 1, patches, VISION_DIM, generator=generator)
 
 
 def for_open_flamingo(features: Tensor) -> Tensor:

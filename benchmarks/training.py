@@ -1,6 +1,7 @@
 """A whole training step over OpenFlamingo's model: forward, loss, backward and AdamW, with a frozen language model."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,9 +35,41 @@ def loss_and_norm(loss: Callable[[], Tensor], *parts: nn.Module) -> Tensor:
     return torch.stack([value.detach(), *norms])
 
 
-def compare(ours: Any, theirs: Any, images: int, text: int, goal: str) -> Iterator[Result]:
-    """Time steps on one prompt of which every token is to be predicted."""
-    input_ids, features = prompt(images, text)
+@dataclass(frozen=True)
+class Steps:
+    """A training step of either model, as a function.
+
+    Attributes:
+        ours: Ours.
+        theirs: OpenFlamingo's.
+    """
+
+    ours: Callable[[], None]
+    theirs: Callable[[], None]
+
+
+def make_steps(
+    ours: Any,
+    theirs: Any,
+    images: int,
+    text: int,
+    *,
+    batch: int = 1,
+    dtype: torch.dtype | None = None,
+    tolerance: float = 1e-4,
+) -> Steps:
+    """Make steps on prompts of which every token is to be predicted, where both models agree on loss and gradients.
+
+    Args:
+        ours: Our model.
+        theirs: OpenFlamingo's, with the same weights.
+        images: Number of images.
+        text: Number of tokens, of which some are `<image>`.
+        batch: Number of prompts.
+        dtype: For autocast; None: without. They are compared without it.
+        tolerance: By how much losses and norms of gradients may differ, relatively.
+    """
+    input_ids, features = (x.to(ours.device) for x in prompt(images, text, batch=batch))
     images_of_theirs = for_open_flamingo(features)
 
     def our_loss() -> Tensor:
@@ -50,12 +83,9 @@ def compare(ours: Any, theirs: Any, images: int, text: int, goal: str) -> Iterat
     found = loss_and_norm(our_loss, ours.injector, ours.resampler.layers)
     expected = loss_and_norm(their_loss, theirs.lang_encoder.gated_cross_attn_layers, theirs.perceiver.layers)
     for name, our_value, their_value in zip(("losses", "gradients", "gradients"), found, expected, strict=True):
-        check_equal(name, our_value, their_value, tolerance=1e-4)
-    seconds = medians(
-        {"ours": train(ours, our_loss), "theirs": train(theirs, their_loss)}, seconds=0, rounds=1 if images > 5 else 5
-    )
-    what = f"training step, {images} images in {text:,} tokens"
-    yield Result.speed_up(what, "OpenFlamingo", seconds["ours"], seconds["theirs"], goal)
+        check_equal(name, our_value, their_value, tolerance=tolerance)
+    cast = torch.autocast(ours.device.type, dtype=dtype, enabled=dtype is not None)
+    return Steps(train(ours, cast(our_loss)), train(theirs, cast(their_loss)))
 
 
 def run() -> Iterator[Result]:
@@ -66,7 +96,10 @@ def run() -> Iterator[Result]:
     """
     for images, text, goal in ((5, 256, "> 1.1"), (32, 2048, "> 1.8")):
         ours, theirs = both()  # anew, since steps train them apart
-        yield from compare(ours.train(), theirs.train(), images, text, goal)
+        steps = make_steps(ours.train(), theirs.train(), images, text)
+        seconds = medians({"ours": steps.ours, "theirs": steps.theirs}, seconds=0, rounds=1 if images > 5 else 5)
+        what = f"training step, {images} images in {text:,} tokens"
+        yield Result.speed_up(what, "OpenFlamingo", seconds["ours"], seconds["theirs"], goal)
 
 
 if __name__ == "__main__":
