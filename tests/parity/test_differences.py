@@ -1,9 +1,15 @@
 """What docs/migrating.md and docs/comparison.md say about other implementations, seen in their own code."""
 
+import base64
 import copy
+import io
+import json
 from collections import Counter
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
 from typing import Any
 
+import open_flamingo
 import pytest
 import torch
 from flamingo_pytorch import FlamingoPaLM
@@ -11,10 +17,12 @@ from flamingo_pytorch.flamingo_pytorch import GatedCrossAttentionBlock as Flamin
 from flamingo_pytorch.flamingo_pytorch import PerceiverResampler as FlamingoPytorchResampler
 from open_flamingo.src.factory import _infer_decoder_layers_attr_name
 from open_flamingo.src.helpers import GatedCrossAttentionBlock as OpenFlamingoBlock
+from PIL import Image
 from torch import Tensor, nn
 
 from flamingo_blocks import MediaRuns, media_ranges
 from flamingo_blocks.convert import flamingo_pytorch
+from flamingo_blocks.data import Medium, document_from_mmc4
 from flamingo_blocks.language import find_decoder_layers
 from tests.convert import test_idefics, test_mllama
 from tests.parity.test_open_flamingo import IMAGE_SIZE, load, make_original, prompts
@@ -171,6 +179,60 @@ def test_text_alone_and_videos_are_refused_there() -> None:
     video = torch.zeros(1, 1, 2, 3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.float64)
     with pytest.raises(AssertionError, match="single frame"):
         original(video, ids, torch.ones_like(ids))
+
+
+def test_images_of_mmc4_come_in_the_order_of_the_file_there_and_of_the_sentences_here(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    data = import_training_data(monkeypatch)
+    monkeypatch.setattr(data, "MIN_KB", -1)
+    monkeypatch.setattr(
+        data,
+        "preprocess_image",
+        lambda images, _: torch.tensor([image.getpixel((0, 0)) for image in images])[..., None, None],
+    )
+    colours = {"red": (255, 0, 0), "blue": (0, 0, 255)}
+    files = {name: png(colour) for name, colour in colours.items()}
+    record = {
+        "text_list": ["Sky.", "Rose."],
+        "image_info": [
+            {"image_name": name, "matched_text_index": place, "image_base64": base64.b64encode(files[name]).decode()}
+            for name, place in (("red", 1), ("blue", 0))
+        ],
+        "similarity_matrix": [[0.0, 1.0], [1.0, 0.0]],
+    }
+    texts: list[str] = []
+
+    class Words:
+        eos_token, additional_special_tokens, additional_special_tokens_ids = "", ["<image>"], [1]
+
+        def __call__(self, text: str, **_: Any) -> dict[str, Tensor]:
+            texts.append(text)
+            return {"input_ids": torch.tensor([[1, 2, 1, 2]]), "attention_mask": torch.ones(1, 4)}
+
+    images, _ = data.preprocess_interleaved([json.dumps(record)], Words(), None, 0.24, 1, 2)
+    assert texts == ["<image>Sky.<|endofchunk|><image>Rose.<|endofchunk|>"]
+    assert [tuple(image.flatten().tolist()) for image in images] == [colours["red"], colours["blue"]]
+    document = document_from_mmc4(record, resolve=files.get)
+    assert [part for part in document.parts if isinstance(part, Medium)] == [
+        Medium("image", files[name]) for name in ("blue", "red")
+    ]
+
+
+def import_training_data(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Import a module of its training script, which is run from its own folder."""
+    folder = Path(open_flamingo.__file__).parent / "train"
+    monkeypatch.syspath_prepend(folder)
+    spec: Any = spec_from_file_location("open_flamingo_training_data", folder / "data.py")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def png(colour: tuple[int, int, int]) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (4, 4), colour).save(file, "PNG")
+    return file.getvalue()
 
 
 # ------------------------------------------------------------ transformers

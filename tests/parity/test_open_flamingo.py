@@ -198,8 +198,8 @@ def test_what_is_written_is_read_by_open_flamingo() -> None:
         assert torch.equal(run_original(original, inputs), expected)
 
 
-def heads_of(part: torch.nn.Module) -> list[int]:
-    return [module.heads for module in part.modules() if isinstance(getattr(module, "heads", None), int)]
+def heads_of(part: torch.nn.Module) -> list[Any]:
+    return [module.heads for module in part.modules() if hasattr(module, "heads")]
 
 
 @pytest.mark.parametrize("every", [1, 2])
