@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import time
@@ -12,6 +13,7 @@ import pytest
 from tests.mutants import MUTANTS
 
 ROOT = Path(__file__).parents[1]
+COMPARISON = runpy.run_path(str(ROOT / "docs/figures/comparison_short.py"))
 
 
 @pytest.fixture
@@ -87,7 +89,7 @@ def test_help_lists_the_commands_of_the_readme(clone: Path) -> None:
         assert re.search(rf"^{command} ", printed, re.MULTILINE) or command == "help", command
 
 
-@pytest.mark.parametrize("page", ["docs/paper_map.md", "tests/README.md"])
+@pytest.mark.parametrize("page", ["docs/paper_map.md", "docs/comparison.md", "docs/migrating.md", "tests/README.md"])
 def test_every_test_that_a_page_names_exists(page: str) -> None:
     named = re.findall(r"(tests/[\w/]+\.py)::(\w+)", (ROOT / page).read_text())
     assert len(named) > 10
@@ -95,7 +97,22 @@ def test_every_test_that_a_page_names_exists(page: str) -> None:
         assert f"def {test}(" in (ROOT / path).read_text(), f"{path}::{test}"
 
 
-@pytest.mark.parametrize("page", ["README.md", "CHANGELOG.md", "CONTRIBUTING.md"])
+def test_every_row_of_the_comparison_says_where_ours_is_shown() -> None:
+    compared, shown = COMPARISON["read_tables"](COMPARISON["PAGE"].read_text())
+    assert len(compared) > 20
+    assert list(shown) == list(compared)
+    for name, evidence in shown.items():
+        target = COMPARISON["target_of"](evidence).partition("#")[0]
+        assert (ROOT / target).exists(), f"{name}: {target}"
+        for path in re.findall(r"`((?:tests|benchmarks|examples)/[^`:]*)", evidence):
+            assert (ROOT / path).exists(), f"{name}: {path}"
+
+
+def test_the_short_comparison_says_what_the_page_says() -> None:
+    assert COMPARISON["OUT"].read_text() == COMPARISON["table"](COMPARISON["PAGE"].read_text())
+
+
+@pytest.mark.parametrize("page", ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", "docs/assets/comparison_short.md"])
 def test_every_link_to_a_file_leads_there(page: str) -> None:
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", (ROOT / page).read_text()):
         assert (ROOT / target).exists(), target

@@ -1,12 +1,16 @@
 """flamingo-pytorch itself, beside what is loaded from its modules. `make parity` installs it."""
 
+from typing import Any
+
 import pytest
 import torch
 from flamingo_pytorch.flamingo_pytorch import GatedCrossAttentionBlock, PerceiverResampler
-from torch import Tensor
+from torch import Tensor, nn
 
+from flamingo_blocks import GatedCrossAttentionBlock as OurBlock
 from flamingo_blocks import MediaRuns, media_ranges
-from flamingo_blocks.blocks import Attend
+from flamingo_blocks import PerceiverResampler as OurResampler
+from flamingo_blocks.blocks import Attend, FeedForward
 from flamingo_blocks.convert import flamingo_pytorch
 from tests.strategies import randomize
 
@@ -53,3 +57,33 @@ def test_what_is_written_is_read_there() -> None:
     check_equal(written, block.state_dict())
     written = flamingo_pytorch.to_flamingo_pytorch(flamingo_pytorch.load_resampler(resampler.state_dict()))
     check_equal(written, resampler.state_dict())
+
+
+def test_arguments_correspond_as_the_page_on_migrating_says() -> None:
+    block = GatedCrossAttentionBlock(dim=DIM, dim_head=16, heads=4, ff_mult=2)
+    ours: Any = OurBlock(
+        dim=DIM,
+        media_dim=DIM,
+        heads=4,
+        head_dim=16,
+        feed_forward=lambda dim: FeedForward(dim, hidden=2 * dim, activation=nn.GELU),
+    )
+    loaded = flamingo_pytorch.load_block(block.state_dict(), {"dim_head": 16})
+    assert str(ours) == str(loaded)
+    assert ours.heads == loaded.heads
+    ours.load_state_dict(loaded.state_dict())
+    resampler = PerceiverResampler(dim=DIM, depth=2, dim_head=16, heads=4, num_latents=3, num_media_embeds=5, ff_mult=2)
+    ours = OurResampler(
+        dim=DIM,
+        depth=2,
+        heads=4,
+        head_dim=16,
+        latents=3,
+        max_media=5,
+        max_frames=0,
+        feed_forward=lambda dim: FeedForward(dim, hidden=2 * dim, activation=nn.GELU),
+    )
+    read: Any = flamingo_pytorch.load_resampler(resampler.state_dict(), {"dim_head": 16})
+    assert str(ours) == str(read)
+    assert ours.layers[0].heads == read.layers[0].heads
+    ours.load_state_dict(read.state_dict())

@@ -14,7 +14,7 @@ from open_flamingo.src.utils import extend_instance
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, MptConfig, OPTConfig
 
-from flamingo_blocks import MediaRuns, VisionEncoder, media_ranges
+from flamingo_blocks import MediaRuns, VisionEncoder, build_flamingo, media_ranges
 from flamingo_blocks.configuration_flamingo import FlamingoVisionConfig
 from flamingo_blocks.convert import open_flamingo
 from tests.strategies import randomize
@@ -196,3 +196,32 @@ def test_what_is_written_is_read_by_open_flamingo() -> None:
         result = original.load_state_dict(open_flamingo.to_open_flamingo(model), strict=False)
         assert not result.unexpected_keys
         assert torch.equal(run_original(original, inputs), expected)
+
+
+def heads_of(part: torch.nn.Module) -> list[Any]:
+    return [module.heads for module in part.modules() if hasattr(module, "heads")]
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_flamingo_that_is_built_as_the_page_on_migrating_says_is_open_flamingos(every: int) -> None:
+    original, plain, options = make_original("opt", every=every)
+    loaded, _ = load(original, copy.deepcopy(plain), options)
+    built, _ = build_flamingo(
+        plain,
+        loaded.vision_encoder,
+        tokenizer=make_tokenizer(size=VOCAB),
+        layers=range(every - 1, plain.config.num_hidden_layers, every),
+        end_of_chunk_token="<|endofchunk|>",
+        resampler_heads=8,
+        resampler_head_dim=64,
+        resampler_activation="gelu",
+        max_frames=0,
+        cross_attention_heads=8,
+        cross_attention_head_dim=64,
+        cross_attention_activation="gelu",
+    )
+    for ours, theirs in ((built.resampler, loaded.resampler), (built.injector, loaded.injector)):
+        assert str(ours) == str(theirs)
+        assert heads_of(ours) == heads_of(theirs)
+        ours.load_state_dict(theirs.state_dict())
+    assert built.injector.layer_indices == loaded.injector.layer_indices
