@@ -10,7 +10,7 @@ PYTHON := python3 python3.11 python3.12 python3.13 python3.14 python
 PYTEST := -m pytest -n auto --maxprocesses=4 --dist=worksteal -rs
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-seeds ablations test test-slow test-long test-lower parity bench coverage mutants check format docs docs-serve clean
+.PHONY: help demo demo-seeds fine-tuning ablations test test-slow test-long test-lower parity bench coverage mutants check format docs docs-serve clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -20,6 +20,9 @@ demo: $(READY) ## Train a tiny Flamingo on handwritten digits; writes runs/train
 
 demo-seeds: $(READY) ## Run the demo with five seeds, about ten minutes; writes the figures in docs/assets
 	@$(BIN)/python docs/figures/few_shot.py
+
+fine-tuning: $(READY) ## Fine-tune the models of demo-seeds, twenty minutes; writes the figures in docs/assets
+	@$(BIN)/python docs/figures/fine_tuning.py
 
 ablations: $(READY) ## Run the paper's ablations in miniature, two hours, can be stopped; writes docs/assets/ablations
 	@$(BIN)/python docs/figures/ablations.py
