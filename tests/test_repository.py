@@ -127,3 +127,7 @@ def test_fences_of_the_docs_are_such_as_the_site_understands() -> None:
     """Words behind the language end a fence for mkdocs, unless they stand in braces with it."""
     for page in (ROOT / "docs").rglob("*.md"):
         assert not re.findall(r"^\s*```\w+ .*$", page.read_text(), flags=re.MULTILINE), page
+
+
+def test_the_readme_has_the_short_comparison() -> None:
+    assert COMPARISON["OUT"].read_text() in (ROOT / "README.md").read_text()
