@@ -5,7 +5,7 @@ data in the same order, the same number of steps. Rows are those of table 3 of t
 a miniature, and a few more. The world is that of `train_tiny.py`: digits withheld from stage 3 get new names in the
 prompt, and images that no stage has seen get captions.
 
-    python examples/ablations.py --quick      # everything once, under ten minutes on two cores
+    python examples/ablations.py --quick      # everything once, about ten minutes on two cores
     python examples/ablations.py              # five seeds; stop it when you like, it goes on where it was
 
 writes results.jsonl, and tables and pictures of what is in it, to runs/ablations. Each run uses one thread; as many
@@ -616,7 +616,7 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="The paper's ablations in miniature.")
     parser.add_argument("--seeds", type=int, default=5, help="runs of each row")
     parser.add_argument("--only", nargs="+", choices=RUNS, metavar="ROW", default=list(RUNS), help=", ".join(RUNS))
-    parser.add_argument("--quick", action="store_true", help="two seeds and few steps, under ten minutes on two cores")
+    parser.add_argument("--quick", action="store_true", help="two seeds and few steps, about ten minutes on two cores")
     parser.add_argument("--steps", type=int, nargs=3, metavar="N", help="of vision encoder, language model, Flamingo")
     parser.add_argument("--prompts", type=int, help="for each number of shots")
     parser.add_argument(
