@@ -1,6 +1,7 @@
 """Two towers and their loss, in processes that are compared with a single one: see `blocks/test_contrastive.py`."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,16 @@ def refuse(name: str, rank: int) -> str:
     except ValueError as error:
         return str(error)
     return ""
+
+
+@contextmanager
+def group_of_one() -> Iterator[None]:
+    """This process alone, as a group that gathers."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
 
 
 def main(rank: int, folder: str) -> None:
