@@ -99,8 +99,9 @@ def test_an_mlp_adds_to_each_patch_what_it_makes_of_it() -> None:
 def test_checkpointing_gives_equal_gradients_and_keeps_less() -> None:
     found = []
     for gradient_checkpointing in (False, True):
-        resampler, features, kept = make("transformer"), features_of(0, 3), []
+        resampler, features = make("transformer"), features_of(0, 3)
         resampler.gradient_checkpointing = gradient_checkpointing
+        kept: list[int] = []
 
         def keep(tensor: Tensor, kept: list[int] = kept) -> Tensor:
             kept.append(tensor.numel())
