@@ -3,6 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PEERS := $(VENV)/.peers
+MUTMUT := $(VENV)/.mutmut
 # Tried in this order; name another one with: make demo PYTHON=/path/to/python
 PYTHON := python3 python3.11 python3.12 python3.13 python3.14 python
 
@@ -11,6 +12,7 @@ PYTEST := -m pytest -n auto --maxprocesses=4 --dist=worksteal -rs
 
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-seeds fine-tuning ablations test test-slow test-long test-lower parity bench coverage mutants check format docs docs-serve clean
+.PHONY: help demo demo-seeds ablations test test-slow test-long test-lower test-coverage parity bench coverage mutants mutation check format docs docs-serve clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -41,6 +43,10 @@ test-long: $(READY) ## Run the tests with 2,000 examples a law instead of 50, an
 test-lower: ## Run the tests, the slow ones too, with the oldest supported versions, in an environment of its own
 	@$(MAKE) --no-print-directory test test-slow VENV=.venv-lower CONSTRAINTS="-c tests/lower.txt"
 
+test-coverage: $(READY) ## Run the tests and count the lines of the package that they reach; fails under 95%
+	@$(BIN)/python $(PYTEST) --cov=flamingo_blocks --cov-report=
+	@$(BIN)/python $(PYTEST) -o addopts="" -m "unchecked and not slow" --cov=flamingo_blocks --cov-append --cov-fail-under=95 tests
+
 parity: $(PEERS) ## Compare what is loaded with OpenFlamingo and flamingo-pytorch themselves, which it installs
 	@$(BIN)/python $(PYTEST) tests/parity
 
@@ -53,6 +59,11 @@ coverage: $(READY) ## Try every language model and every backbone, up to an hour
 
 mutants: $(READY) ## Show that each law can fail: put a bug in, see its test fail; writes tests/README.md
 	@$(BIN)/python tests/mutants.py
+
+mutation: $(MUTMUT) ## Put 2,500 small bugs into the blocks, an hour, can be stopped; see docs/tests_of_the_tests.md
+	@OMP_NUM_THREADS=1 HYPOTHESIS_PROFILE=mutation $(BIN)/python -m mutmut run
+	@$(BIN)/python -m mutmut results
+	@$(BIN)/python -m mutmut export-cicd-stats
 
 check: $(READY) ## Check format, lint and types
 	@$(BIN)/ruff format --check .
@@ -70,7 +81,7 @@ docs-serve: $(READY) ## Serve the documentation site while you edit it
 	@$(BIN)/mkdocs serve
 
 clean: ## Remove what the other targets made, the environments too
-	rm -rf .venv .venv-lower .hypothesis .mypy_cache .pytest_cache .ruff_cache dist runs site
+	rm -rf .venv .venv-lower .hypothesis .mypy_cache .pytest_cache .ruff_cache .coverage dist mutants runs site
 
 # The environment's own pip is not needed, so that neither Debian's python3-venv is.
 $(READY): pyproject.toml
@@ -97,4 +108,9 @@ $(READY): pyproject.toml
 $(PEERS): $(READY) benchmarks/peers.txt
 	@python=$$($(BIN)/python -c 'import sys; print(sys._base_executable)') && \
 	$$python -m pip --python $(BIN)/python install --disable-pip-version-check --no-deps -r benchmarks/peers.txt
+	@touch $@
+
+$(MUTMUT): $(READY)
+	@python=$$($(BIN)/python -c 'import sys; print(sys._base_executable)') && \
+	$$python -m pip --python $(BIN)/python install --disable-pip-version-check 'mutmut>=3.8,<4'
 	@touch $@

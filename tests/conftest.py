@@ -3,12 +3,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 # Tests of laws draw tensors from a seed: how long an example takes says nothing about it.
 settings.register_profile("default", deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("ci", settings.get_profile("default"), derandomize=True)
 settings.register_profile("long", settings.get_profile("default"), max_examples=2000)
+# For a bug a second: few examples, always the same ones, and none is made smaller.
+settings.register_profile(
+    "mutation",
+    settings.get_profile("ci"),
+    max_examples=20,
+    database=None,
+    phases=(Phase.explicit, Phase.generate),
+)
 # The models are tiny: one thread is faster than several, and does not wait for cores that others use.
 torch.set_num_threads(1)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if "CI" in os.environ else "default"))

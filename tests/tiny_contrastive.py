@@ -1,8 +1,10 @@
 """Two towers and their loss, in processes that are compared with a single one: see `blocks/test_contrastive.py`."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -114,6 +116,17 @@ def refuse(name: str, rank: int) -> str:
     except ValueError as error:
         return str(error)
     return ""
+
+
+@contextmanager
+def group_of_one() -> Iterator[None]:
+    """This process alone, as a group that gathers."""
+    with TemporaryDirectory() as folder:
+        distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=0, world_size=1)
+        try:
+            yield
+        finally:
+            distributed.destroy_process_group()
 
 
 def main(rank: int, folder: str) -> None:

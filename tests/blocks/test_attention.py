@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from flamingo_blocks import MediaRuns
 from flamingo_blocks.blocks import Algorithm, KeyValues, attend_to_media, choose_algorithm, dense_media_mask
@@ -340,6 +341,34 @@ def test_the_choice_elsewhere_needs_no_table() -> None:
         assert choose_algorithm(queries, KeyValues(keys, keys), nothing) == "loop"
     out_of_order = MediaRuns.from_ranges(ranges.flip(1))
     assert choose_algorithm(queries.to("meta"), KeyValues(keys, keys), out_of_order) == "dense"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "flash", "capability", "algorithm"),
+    [
+        (torch.bfloat16, 64, True, (8, 0), "varlen"),
+        (torch.float16, 8, True, (9, 0), "varlen"),
+        (torch.float16, 256, True, (8, 6), "varlen"),
+        (torch.float32, 64, True, (8, 0), "tiles"),
+        (torch.bfloat16, 4, True, (8, 0), "tiles"),
+        (torch.bfloat16, 65, True, (8, 0), "tiles"),
+        (torch.bfloat16, 264, True, (8, 0), "tiles"),
+        (torch.bfloat16, 64, False, (8, 0), "tiles"),
+        (torch.bfloat16, 64, True, (7, 5), "tiles"),
+    ],
+)
+def test_the_choice_on_cuda_is_the_kernel_where_there_is_one(
+    dtype: torch.dtype, head_dim: int, flash: bool, capability: tuple[int, int], algorithm: Algorithm
+) -> None:
+    runs = MediaRuns.from_ranges(torch.tensor([[[0, 1]] * 100 + [[1, 2]] * 156]))
+    with (
+        FakeTensorMode(),
+        mock.patch("torch.backends.cuda.is_flash_attention_available", return_value=flash),
+        mock.patch("torch.cuda.get_device_capability", return_value=capability),
+    ):
+        queries = torch.empty(1, 256, 9, head_dim, dtype=dtype, device="cuda")
+        keys = torch.empty(1, 2, 64, 9, head_dim, dtype=dtype, device="cuda")
+        assert choose_algorithm(queries, KeyValues(keys, keys), runs) == algorithm
 
 
 @given(layouts(), seeds)

@@ -126,9 +126,19 @@ def processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", tiny_contrastive.CASES)
-def test_two_processes_are_one_with_the_whole_batch(name: str, processes: list[dict[str, Any]]) -> None:
+def test_a_group_of_one_process_is_no_group(name: str) -> None:
     case = tiny_contrastive.CASES[name]
     expected = tiny_contrastive.run(case, tiny_contrastive.Towers(case), range(tiny_contrastive.PROCESSES))
+    with tiny_contrastive.group_of_one():
+        found = tiny_contrastive.run(case, tiny_contrastive.Towers(case), range(tiny_contrastive.PROCESSES))
+    torch.testing.assert_close(found, expected, rtol=0.0, atol=0.0)
+
+
+@pytest.mark.parametrize("name", tiny_contrastive.CASES)
+def test_two_processes_are_one_with_the_whole_batch(name: str, processes: list[dict[str, Any]]) -> None:
+    case = tiny_contrastive.CASES[name]
+    with tiny_contrastive.group_of_one():
+        expected = tiny_contrastive.run(case, tiny_contrastive.Towers(case), range(tiny_contrastive.PROCESSES))
     # Gradients of 16 bits are rounded before or after they are summed.
     rtol, atol = (1e-12, 1e-14) if case.dtype == torch.float64 else (1e-2, 1e-2)
     for process in processes:
@@ -151,3 +161,6 @@ def test_what_processes_cannot_compare_all_of_them_refuse(
     name: str, message: str, processes: list[dict[str, Any]]
 ) -> None:
     assert [process[name] for process in processes] == [message] * tiny_contrastive.PROCESSES
+    with tiny_contrastive.group_of_one():
+        is_refused_alone = tiny_contrastive.refuse(name, 0) != ""
+    assert is_refused_alone == (name not in ("ids in one process", "another dim in one process"))

@@ -22,6 +22,12 @@ def test_the_activation_is_the_one_passed() -> None:
     torch.testing.assert_close(network(x), network.to_out(nn.functional.gelu(network.to_hidden(x))))
 
 
+def test_a_gated_network_is_4_times_as_wide_too_by_default() -> None:
+    network = SwiGLU(6)
+    assert [layer.weight.shape for layer in (network.to_gate, network.to_hidden)] == [(24, 6)] * 2
+    assert not [name for name, _ in network.named_parameters() if name.endswith("bias")]
+
+
 def test_swiglu_gates_the_hidden_values() -> None:
     network = SwiGLU(6, hidden=5)
     x = torch.randn(2, 6)

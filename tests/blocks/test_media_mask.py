@@ -9,6 +9,7 @@ from torch import Tensor
 
 from flamingo_blocks import MediaRuns, media_index, media_ranges
 from flamingo_blocks.blocks import dense_media_mask, ranges_of_mask
+from flamingo_blocks.blocks.media_mask import check_ranges_fit
 from tests import reference
 from tests.strategies import Layout, layouts, masks
 
@@ -163,6 +164,25 @@ def test_every_mismatch_of_image_tokens_and_media_is_found(layout: Layout, data:
     num_media[row] = given_media
     with pytest.raises(ValueError, match=f"row {row} has {found} <image> tokens but {given_media} media"):
         MediaRuns.from_ranges(layout.ranges, num_media=num_media)
+
+
+@given(layouts(), st.integers(0, 3))
+def test_ranges_fit_if_no_row_names_more_media_than_it_has(layout: Layout, missing: int) -> None:
+    stops = layout.ranges[..., 1].amax(1)
+    check_ranges_fit(layout.ranges, stops + missing)
+    row = missing % layout.batch
+    if stops[row]:
+        fewer = stops.index_fill(0, torch.tensor([row]), stops[row] - 1)
+        with pytest.raises(
+            ValueError, match=f"row {row} has {fewer[row]} media, but its tokens are to see {stops[row]}"
+        ):
+            check_ranges_fit(layout.ranges, fewer)
+
+
+def test_ranges_of_no_text_fit_and_those_of_other_rows_do_not() -> None:
+    check_ranges_fit(torch.zeros(2, 0, 2, dtype=torch.long), torch.zeros(2, dtype=torch.long))
+    with pytest.raises(ValueError, match="ranges or mask have 2 rows, but there are 3 rows of text"):
+        check_ranges_fit(torch.zeros(2, 1, 2, dtype=torch.long), torch.zeros(3, dtype=torch.long))
 
 
 def test_a_batch_without_text_or_rows_has_no_runs() -> None:

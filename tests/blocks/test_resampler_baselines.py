@@ -89,6 +89,59 @@ def test_a_linear_resampler_projects_only_where_widths_differ() -> None:
     assert torch.equal(same(features), features[:, :, 0])
 
 
+def test_an_mlp_adds_to_each_patch_what_it_makes_of_it() -> None:
+    resampler, features = make("mlp"), features_of(0, 1)
+    patches = resampler.features(features)[0][:, :, 0]
+    patches = patches + resampler.feed_forward(resampler.norm_feed_forward(patches))
+    torch.testing.assert_close(resampler(features), resampler.norm(patches))
+
+
+def test_checkpointing_gives_equal_gradients_and_keeps_less() -> None:
+    found = []
+    for gradient_checkpointing in (False, True):
+        resampler, features = make("transformer"), features_of(0, 3)
+        resampler.gradient_checkpointing = gradient_checkpointing
+        kept: list[int] = []
+
+        def keep(tensor: Tensor, kept: list[int] = kept) -> Tensor:
+            kept.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            output = resampler(features, torch.tensor([[3, 1], [2, 0]]))
+        output.square().sum().backward()
+        found.append((output, [parameter.grad for parameter in resampler.parameters()], sum(kept)))
+    (output, gradients, kept_without), (other_output, other_gradients, kept_with) = found
+    torch.testing.assert_close((other_output, other_gradients), (output, gradients), rtol=0.0, atol=0.0)
+    assert kept_with < kept_without / 2
+    with torch.no_grad():
+        torch.testing.assert_close(resampler(features, torch.tensor([[3, 1], [2, 0]])), output)
+
+
+@pytest.mark.parametrize("kind", [LinearResampler, MeanPoolResampler, MLPResampler, TransformerResampler])
+def test_widths_are_known_and_equal_by_default(kind: Any) -> None:
+    options = {"heads": 2} if kind is TransformerResampler else {}
+    for vision_dim, expected in ((None, DIM), (VISION_DIM, VISION_DIM)):
+        resampler = kind(dim=DIM, vision_dim=vision_dim, **options)
+        assert (resampler.dim, resampler.vision_dim) == (DIM, expected)
+
+
+def test_the_defaults_are_the_perceivers() -> None:
+    for kind in (MeanPoolResampler, MLPResampler, TransformerResampler):
+        with torch.device("meta"):
+            resampler: Any = kind(dim=1536)
+        assert resampler.features.temporal_embeddings.shape == (8, 1536)
+    assert len(resampler.layers) == 6
+    assert resampler.layers[0].self_attn.num_heads == 16
+    assert resampler.layers[0].linear1.out_features == 4 * 1536
+
+
+@every_kind
+def test_half_precision_features_meet_full_precision_weights(kind: str) -> None:
+    features = features_of(0, 2).bfloat16()
+    assert KINDS[kind]()(features).dtype == torch.float32
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
