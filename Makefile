@@ -11,8 +11,7 @@ PYTHON := python3 python3.11 python3.12 python3.13 python3.14 python
 PYTEST := -m pytest -n auto --maxprocesses=4 --dist=worksteal -rs
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-seeds fine-tuning ablations test test-slow test-long test-lower parity bench coverage mutants check format docs docs-serve clean
-.PHONY: help demo demo-seeds ablations test test-slow test-long test-lower test-coverage parity bench coverage mutants mutation check format docs docs-serve clean
+.PHONY: help demo demo-seeds fine-tuning ablations test test-slow test-long test-lower test-coverage parity bench coverage mutants mutation check format docs docs-serve clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
