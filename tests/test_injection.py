@@ -490,7 +490,7 @@ def test_the_papers_intervals_give_the_papers_counts() -> None:
     assert len(select_layers(24)) == 24
     assert len(select_layers(40, every=4)) == 10
     assert select_layers(80, every=7) == (0, 7, 14, 21, 28, 35, 42, 49, 56, 63, 70, 77)
-    assert select_layers(24, layers="middle") == (12,)
+    assert select_layers(24, layers="middle") == select_layers(25, layers="middle") == (12,)
     assert select_layers(24, layers=[5, 2]) == (2, 5)
 
 
