@@ -643,6 +643,12 @@ def test_blocks_stand_in_a_stream_that_is_time_major() -> None:
 
 
 @pytest.mark.unchecked
+def test_what_stands_for_no_layers_is_refused() -> None:
+    with pytest.raises(ValueError, match="layers must be a sequence of indices or \"middle\", got 'first'"):
+        select_layers(4, layers="first")  # type: ignore[arg-type]
+
+
+@pytest.mark.unchecked
 def test_a_layout_that_is_not_known_is_refused() -> None:
     block = GatedCrossAttentionBlock(dim=8, media_dim=MEDIA_DIM, heads=2)
     with pytest.raises(ValueError, match=r"stream must be one of 'batch text dim', .* got 'time batch dim'"):
