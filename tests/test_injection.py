@@ -490,7 +490,7 @@ def test_the_papers_intervals_give_the_papers_counts() -> None:
     assert len(select_layers(24)) == 24
     assert len(select_layers(40, every=4)) == 10
     assert select_layers(80, every=7) == (0, 7, 14, 21, 28, 35, 42, 49, 56, 63, 70, 77)
-    assert select_layers(24, layers="middle") == (12,)
+    assert select_layers(24, layers="middle") == select_layers(25, layers="middle") == (12,)
     assert select_layers(24, layers=[5, 2]) == (2, 5)
 
 
@@ -640,6 +640,12 @@ def test_blocks_stand_in_a_stream_that_is_time_major() -> None:
     with injector.scope(media, runs):
         found = layer(hidden_states)
     torch.testing.assert_close(found, 2 * block(hidden_states.transpose(0, 1), media, runs).transpose(0, 1))
+
+
+@pytest.mark.unchecked
+def test_what_stands_for_no_layers_is_refused() -> None:
+    with pytest.raises(ValueError, match="layers must be a sequence of indices or \"middle\", got 'first'"):
+        select_layers(4, layers="first")  # type: ignore[arg-type]
 
 
 @pytest.mark.unchecked

@@ -1,3 +1,4 @@
+from functools import partial
 from typing import Any
 
 import pytest
@@ -96,7 +97,22 @@ def test_an_mlp_adds_to_each_patch_what_it_makes_of_it() -> None:
     torch.testing.assert_close(resampler(features), resampler.norm(patches))
 
 
+def test_a_layer_of_the_transformer_is_torchs_with_norms_before_each_part_and_squared_relu_in_training_too() -> None:
+    resampler = TransformerResampler(dim=DIM, depth=1, heads=1, hidden=5).double().train()
+    randomize(resampler, 0)
+    features = random_tensor(1, 2, 2, 1, PATCHES, DIM)
+    (layer,) = resampler.layers
+    assert isinstance(layer, nn.TransformerEncoderLayer)
+    patches = resampler.features(features)[0][:, :, 0].flatten(0, 1)
+    normed = layer.norm1(patches)
+    patches = patches + layer.self_attn(normed, normed, normed)[0]
+    patches = patches + layer.linear2(layer.linear1(layer.norm2(patches)).clamp(min=0).square())
+    torch.testing.assert_close(resampler(features), resampler.norm(patches).unflatten(0, (2, 2)))
+    assert layer.linear1.out_features == 5
+
+
 def test_checkpointing_gives_equal_gradients_and_keeps_less() -> None:
+    assert make("transformer").gradient_checkpointing is False
     found = []
     for gradient_checkpointing in (False, True):
         resampler, features = make("transformer"), features_of(0, 3)
@@ -140,6 +156,12 @@ def test_the_defaults_are_the_perceivers() -> None:
 def test_half_precision_features_meet_full_precision_weights(kind: str) -> None:
     features = features_of(0, 2).bfloat16()
     assert KINDS[kind]()(features).dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", [MeanPoolResampler, MLPResampler, partial(TransformerResampler, heads=2)])
+def test_so_they_do_where_nothing_is_projected_and_frames_are_not_told_apart(kind: Any) -> None:
+    features = features_of(0, 2).bfloat16()
+    assert kind(dim=VISION_DIM, max_frames=0)(features).dtype == torch.float32
 
 
 @pytest.mark.parametrize(
