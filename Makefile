@@ -11,7 +11,7 @@ PYTHON := python3 python3.11 python3.12 python3.13 python3.14 python
 PYTEST := -m pytest -n auto --maxprocesses=4 --dist=worksteal -rs
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-seeds fine-tuning ablations test test-slow test-long test-lower test-coverage parity bench coverage mutants mutation check format docs docs-serve clean
+.PHONY: help demo demo-seeds fine-tuning ablations test test-slow test-long test-lower test-coverage parity bench coverage mutants mutation check format docs docs-serve dist clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -78,6 +78,12 @@ docs: $(READY) ## Build the documentation site into site/
 
 docs-serve: $(READY) ## Serve the documentation site while you edit it
 	@$(BIN)/mkdocs serve
+
+dist: $(READY) ## Build sdist and wheel into dist/, and try the wheel in an empty environment: 6 GB, some minutes
+	@rm -rf dist
+	@$(BIN)/python -m build
+	@$(BIN)/python -m twine check --strict dist/*
+	@$(BIN)/python -m tests.wheel dist/*.whl
 
 clean: ## Remove what the other targets made, the environments too
 	rm -rf .venv .venv-lower .hypothesis .mypy_cache .pytest_cache .ruff_cache .coverage dist mutants runs site

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
@@ -24,6 +23,11 @@ from flamingo_blocks.blocks import GatedCrossAttentionBlock
 from flamingo_blocks.language import find_decoder_layers
 from flamingo_blocks.modeling_flamingo import FlamingoForConditionalGeneration
 from flamingo_blocks.optimization import parameter_groups
+
+try:
+    from accelerate.utils import gather_object
+except ImportError as error:
+    raise ImportError("training needs accelerate; install it with: pip install flamingo-blocks[training]") from error
 
 # Beside the checkpoints, under a name that nothing takes for one of them.
 UNFINISHED = "unfinished-checkpoint"

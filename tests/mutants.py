@@ -610,6 +610,14 @@ MUTANTS = [
         "tests/test_architecture.py::test_imports_point_only_to_lower_layers",
     ),
     Mutant(
+        "every library is a dependency, or its error names the extra that has it",
+        "without accelerate Python's own error is all that one gets",
+        TRAINING,
+        "; install it with: pip install flamingo-blocks[training]",
+        "",
+        "tests/test_architecture.py::test_every_library_is_a_dependency_or_its_extra_is_named",
+    ),
+    Mutant(
         "gate zero is the base LM (whole model)",
         "the configuration resets the attention implementation of the model in use",
         CONFIGURATION,

@@ -1,19 +1,26 @@
-"""What a newcomer relies on: the commands of the README, the maps in the docs."""
+"""What a newcomer relies on: the commands of the README, the maps in the docs, and what a release is made of."""
 
 import os
 import re
 import runpy
 import shutil
 import subprocess
+import sys
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
 
+import flamingo_blocks
 from tests.mutants import MUTANTS
+from tests.test_architecture import LAYERS
+from tests.wheel.__main__ import EXTRAS
 
 ROOT = Path(__file__).parents[1]
 COMPARISON = runpy.run_path(str(ROOT / "docs/figures/comparison_short.py"))
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+WORKFLOWS = ROOT / ".github" / "workflows"
 
 
 @pytest.fixture
@@ -83,13 +90,17 @@ def test_the_first_new_enough_python_sets_up_once(clone: Path) -> None:
     assert time.perf_counter() - started < 5
 
 
-def test_help_lists_the_commands_of_the_readme(clone: Path) -> None:
-    printed = make(clone, "help").stdout
-    for command in re.findall(r"`?make ([a-z-]+)", (ROOT / "README.md").read_text()):
-        assert re.search(rf"^{command} ", printed, re.MULTILINE) or command == "help", command
+def test_help_lists_every_command_and_those_that_pages_name(clone: Path) -> None:
+    listed = set(re.findall(r"^([a-z-]+) +\S", make(clone, "help").stdout, re.MULTILINE))
+    [phony] = re.findall(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert listed == set(phony.split())
+    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / ".ci" / "run"]:
+        assert set(re.findall(r"(?:`|^)make ([a-z-]+)", page.read_text(), re.MULTILINE)) <= listed, page
 
 
-@pytest.mark.parametrize("page", ["docs/paper_map.md", "docs/comparison.md", "docs/migrating.md", "tests/README.md"])
+@pytest.mark.parametrize(
+    "page", ["docs/comparison.md", "docs/laws.md", "docs/migrating.md", "docs/paper_map.md", "tests/README.md"]
+)
 def test_every_test_that_a_page_names_exists(page: str) -> None:
     named = re.findall(r"(tests/[\w/]+\.py)::(\w+)", (ROOT / page).read_text())
     assert len(named) > 10
@@ -131,3 +142,65 @@ def test_fences_of_the_docs_are_such_as_the_site_understands() -> None:
 
 def test_the_readme_has_the_short_comparison() -> None:
     assert COMPARISON["OUT"].read_text() in (ROOT / "README.md").read_text()
+
+
+def test_bugs_that_the_page_of_laws_names_are_those_that_are_put_in() -> None:
+    rows = re.findall(r"\| `(tests/\S+)` \| (.+) \|$", (ROOT / "docs" / "laws.md").read_text(), re.MULTILINE)
+    assert len(rows) > 20
+    known = {(mutant.test.partition("[")[0], mutant.bug) for mutant in MUTANTS}
+    assert set(rows) <= known, set(rows) - known
+
+
+def test_page_and_picture_of_the_architecture_have_every_layer() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    assert re.findall(r"^\| ([a-z]+) \|", page, re.MULTILINE)[1:] == list(LAYERS)
+    picture = re.split(r"\W+", (ROOT / "docs" / "assets" / "import_layers.svg").read_text())
+    for layer, modules in LAYERS.items():
+        assert {layer, *(module.split(".")[-1] or "flamingo_blocks" for module in modules)} <= set(picture), layer
+
+
+def test_the_version_stands_in_the_package_and_the_citation_agrees() -> None:
+    assert "version" not in PYPROJECT["project"]
+    assert PYPROJECT["project"]["dynamic"] == ["version"]
+    source = (ROOT / PYPROJECT["tool"]["hatch"]["version"]["path"]).read_text()
+    assert f'__version__ = "{flamingo_blocks.__version__}"\n' in source
+    assert f"\nversion: {flamingo_blocks.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+def test_the_changelog_begins_with_what_is_not_released_or_with_this_version() -> None:
+    titles = re.findall(r"^## \[(.+?)\](.*)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    if titles[0] == ("Unreleased", ""):
+        titles.pop(0)
+    assert all(re.fullmatch(r" - \d{4}-\d\d-\d\d", date) for _, date in titles)
+    assert [version for version, _ in titles[:1]] in ([], [flamingo_blocks.__version__])
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="what belongs to the project, git knows")
+def test_what_is_built_holds_the_package_and_what_its_tests_need() -> None:
+    targets = PYPROJECT["tool"]["hatch"]["build"]["targets"]
+    assert targets["wheel"] == {"packages": ["flamingo_blocks"]}
+    listed = {name.removeprefix("/") for name in targets["sdist"]["include"]}
+    files = subprocess.run(["git", "-C", str(ROOT), "ls-files"], capture_output=True, text=True, check=True).stdout
+    always = {".gitignore", "LICENSE", "README.md", "pyproject.toml"}
+    assert {file.split("/")[0] for file in files.splitlines()} - always == listed
+
+
+def test_every_extra_is_for_users_or_for_those_who_work_on_the_library() -> None:
+    extras = set(PYPROJECT["project"]["optional-dependencies"])
+    assert extras == {*EXTRAS, "dev", "docs", "test"}
+    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "flamingo_blocks").rglob("*.py")]:
+        for names in re.findall(r"flamingo-blocks\[([\w,]+)\]", page.read_text()):
+            assert set(names.split(",")) <= extras, page
+
+
+def test_a_release_is_tried_with_each_python_that_it_says() -> None:
+    said = re.findall(r"Programming Language :: Python :: (3\.\d+)", "\n".join(PYPROJECT["project"]["classifiers"]))
+    assert PYPROJECT["project"]["requires-python"] == f">={said[0]}"
+    [tried] = re.findall(r"python: (\[.*\])", (WORKFLOWS / "release.yml").read_text())
+    assert re.findall(r"3\.\d+", tried) == said
+
+
+def test_the_command_of_the_bug_template_prints_the_versions() -> None:
+    [code] = re.findall(r'python -c "(.+)"$', (ROOT / ".github/ISSUE_TEMPLATE/bug.yml").read_text(), re.MULTILINE)
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert re.search(r"^flamingo-blocks \d", printed, re.MULTILINE)
