@@ -3,7 +3,7 @@
 from itertools import pairwise
 
 import torch
-from diagram import MEDIA, MUTED, TINTS, TRAINED, Card
+from diagram import GATE, MEDIA, MUTED, TINTS, TRAINED, Card
 from matplotlib.patches import Circle, Polygon
 
 from flamingo_blocks import media_index
@@ -73,7 +73,7 @@ def main() -> None:
         card.trained(TEXT_LEFT, bottom, width, BLOCK, "", sign_at=title)
         card.text(TEXT_LEFT + 0.12, title, "gated cross-attention", color="white", weight="bold", align="left")
         card.box(right - 1.12, title - 0.12, 0.8, 0.24, fill="white", edge="white", radius=0.12, layer=3)
-        card.text(right - 0.72, title, "× tanh α", color=TRAINED, weight="bold", layer=6)
+        card.text(right - 0.72, title, f"\N{MULTIPLICATION SIGN} {GATE}", color=TRAINED, weight="bold", layer=6)
         for medium, (start, stop) in spans.items():
             colors = {"fill": TINTS[medium], "edge": MEDIA[medium]}
             text = f"latents of image {medium + 1}"
@@ -111,7 +111,7 @@ def main() -> None:
     # What the two kinds of boxes mean.
     card.trained(SIDE, 5.44, 0.94, LAYER, "trained", shift=-0.1)
     card.frozen(SIDE + 1.04, 5.44, 0.94, LAYER, "frozen", shift=-0.1)
-    note = "At the start tanh α is 0:\nthe model is its frozen\nlanguage model, exactly."
+    note = f"At the start {GATE} is 0:\nthe model is its frozen\nlanguage model, exactly."
     card.text(SIDE, 4.92, note, color=MUTED, align="left", size=9.5)
     card.save("architecture.svg")
 

@@ -25,6 +25,8 @@ TINTS = ("#d8eafa", "#fdebcb", "#e4efd4")
 # matplotlib ships the one, so that everybody draws the same; readers have one of the others, which are no wider.
 LAID_OUT_IN, READ_IN = "DejaVu Sans", "'Helvetica Neue', Helvetica, Arial, 'Liberation Sans', 'DejaVu Sans', sans-serif"
 
+GATE = "tanh \N{GREEK SMALL LETTER ALPHA}"
+
 Point = tuple[float, float]
 
 
@@ -78,7 +80,9 @@ class Card:
             )
         )
         if text:
-            self.text(x + width / 2 + shift, y + height / 2, text, color=color, size=size, weight=weight, layer=layer + 0.5)
+            self.text(
+                x + width / 2 + shift, y + height / 2, text, color=color, size=size, weight=weight, layer=layer + 0.5
+            )
 
     def frozen(self, x: float, y: float, width: float, height: float, text: str, **options: Any) -> None:
         """Draw a part that is frozen: pale, with a snowflake."""
@@ -86,7 +90,15 @@ class Card:
         self.snowflake((x + width - 0.17, y + height / 2))
 
     def trained(
-        self, x: float, y: float, width: float, height: float, text: str, *, sign_at: float | None = None, **options: Any
+        self,
+        x: float,
+        y: float,
+        width: float,
+        height: float,
+        text: str,
+        *,
+        sign_at: float | None = None,
+        **options: Any,
     ) -> None:
         """Draw a part that is trained: dark, with a flame."""
         self.box(x, y, width, height, text, fill=TRAINED, edge=TRAINED, color="white", weight="bold", **options)
@@ -102,12 +114,14 @@ class Card:
         size: float = 10,
         weight: str = "normal",
         align: str = "center",
-        style: str = "normal",
         layer: float = 5,
     ) -> None:
-        """Write text whose middle, or left or right end, is at a point."""
-        options: dict[str, Any] = {"color": color, "size": size, "weight": weight, "style": style}
-        self.axis.text(x, y + 0.013, text, ha=align, va="center_baseline", zorder=layer, linespacing=1.25, **options)
+        """Write lines of text whose middle, or left or right end, is at a point."""
+        options: dict[str, Any] = {"color": color, "size": size, "weight": weight, "zorder": layer}
+        lines = text.split("\n")
+        for i, line in enumerate(lines):  # each by itself, since the reader's font has other widths
+            middle = y + ((len(lines) - 1) / 2 - i) * 1.25 * size / 72
+            self.axis.text(x, middle + 0.013, line, ha=align, va="center_baseline", **options)
 
     def arrow(self, *points: Point, color: str = MUTED, line: float = 1.4, head: bool = True, style: Any = "-") -> None:
         """Draw a line through points, with a head at its end."""
@@ -121,7 +135,13 @@ class Card:
             self.axis.fill(*np.transpose(corners), facecolor=color, edgecolor="none", zorder=4)
             path[-1] = tip - 0.8 * length * direction
         self.axis.plot(
-            *path.T, color=color, linewidth=line, linestyle=style, zorder=3, solid_joinstyle="round", dash_capstyle="butt"
+            *path.T,
+            color=color,
+            linewidth=line,
+            linestyle=style,
+            zorder=3,
+            solid_joinstyle="round",
+            dash_capstyle="butt",
         )
 
     def bracket(self, left: float, right: float, y: float, text: str, *, color: str = MUTED, size: float = 9) -> None:

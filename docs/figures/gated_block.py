@@ -1,9 +1,12 @@
-"""Draw docs/assets/gated_block.svg: the two residual lines of a gated block, and its gates. Run from the project's root."""
+"""Draw docs/assets/gated_block.svg: the two residual lines of a gated block, and its gates.
 
-from diagram import MEDIA, MUTED, TINTS, TRAINED, TRAINED_TINT, Card
+Run from the project's root.
+"""
+
+from diagram import GATE, MEDIA, MUTED, TINTS, TRAINED, TRAINED_TINT, Card
 
 WIDTH, HEIGHT = 6.1, 4.55
-BRANCH, GATE, STREAM = 2.36, 2.86, 3.52
+BRANCH, AT_GATE, STREAM = 2.36, 2.86, 3.52
 SUB_LAYER = 1.46
 
 
@@ -14,13 +17,13 @@ def sub_layer(card: Card, bottom: float, name: str, line: str, gate: str) -> Non
     card.box(left, bottom + 0.16, width, 0.28, "norm", fill="white", edge=TRAINED)
     card.arrow((BRANCH, bottom + 0.44), (BRANCH, bottom + 0.64))
     card.box(left, bottom + 0.64, width, 0.34, name, fill=TRAINED, edge=TRAINED, color="white", weight="bold")
-    card.arrow((BRANCH, bottom + 0.98), (BRANCH, add), (GATE - 0.1, add))
-    card.plus(GATE, add, "x", color=TRAINED)
-    card.text(GATE - 0.06, add + 0.2, "tanh α", color=TRAINED, weight="bold")
-    card.arrow((GATE + 0.1, add), (STREAM - 0.1, add))
+    card.arrow((BRANCH, bottom + 0.98), (BRANCH, add), (AT_GATE - 0.1, add))
+    card.plus(AT_GATE, add, "x", color=TRAINED)
+    card.text(AT_GATE - 0.06, add + 0.2, GATE, color=TRAINED, weight="bold")
+    card.arrow((AT_GATE + 0.1, add), (STREAM - 0.1, add))
     card.plus(STREAM, add)
     card.text(STREAM + 0.2, add + 0.1, line, align="left", size=9.5)
-    card.text(STREAM + 0.2, add - 0.1, f"α: {gate}", color=TRAINED, align="left", size=9.5)
+    card.text(STREAM + 0.2, add - 0.1, f"{GATE[-1]}: {gate}", color=TRAINED, align="left", size=9.5)
 
 
 def main() -> None:
@@ -29,8 +32,8 @@ def main() -> None:
     card.box(1.4, 0.62, WIDTH - 1.6, 2 * SUB_LAYER + 0.22, fill=TRAINED_TINT, edge=TRAINED, layer=1)
     card.text(WIDTH - 0.36, 0.8, "gated block", color=TRAINED, weight="bold", align="right")
     card.flame((WIDTH - 0.36, 1.02), color=TRAINED)
-    sub_layer(card, first, "cross-attention", "y + tanh α · attention(y, x)", "gate.alpha")
-    sub_layer(card, second, "feed-forward", "y + tanh α · feed-forward(y)", "gate_feed_forward.alpha")
+    sub_layer(card, first, "cross-attention", f"y + {GATE} · attention(y, x)", "gate.alpha")
+    sub_layer(card, second, "feed-forward", f"y + {GATE} · feed-forward(y)", "gate_feed_forward.alpha")
     card.text(BRANCH + 0.08, first + 0.55, "queries", color=MUTED, align="left", size=9)
     # The stream, from what was before to the decoder layer.
     sums = [first + 1.16, second + 1.16]

@@ -14,9 +14,7 @@ from flamingo_blocks.blocks import dense_media_mask
 LEFT, CELL, ROW, LATENTS = 1.16, 0.6, 0.19, 3
 
 
-def draw(
-    name: str, tokens: Sequence[str], *, frames: Sequence[int], document_ids: Sequence[int] | None = None
-) -> None:
+def draw(name: str, tokens: Sequence[str], *, frames: Sequence[int], document_ids: Sequence[int] | None = None) -> None:
     """Draw a text with its media, of so many frames each, and what its tokens see."""
     is_image = torch.tensor([[token == "<image>" for token in tokens]])
     documents = None if document_ids is None else torch.tensor([document_ids])
@@ -47,7 +45,11 @@ def draw(
         fill, edge = color_of(i)
         card.box(LEFT + i * CELL + 0.02, top - 0.34, CELL - 0.04, 0.34, token, fill=fill, edge=edge, size=9)
     y = top - 0.34
-    values = {"document": document_ids, "φ": phi, "range": [f"{a}:{b}" if a < b else "none" for a, b in ranges[0].tolist()]}
+    values = {
+        "document": document_ids,
+        "φ": phi,
+        "range": [f"{a}:{b}" if a < b else "none" for a, b in ranges[0].tolist()],
+    }
     for row in rows[1:]:
         y -= 0.27
         label(y + 0.09, row)
@@ -80,14 +82,14 @@ def draw(
 
 
 def main() -> None:
-    draw("media_interleaved", "<bos> <image> hills <EOC> <image> a red boat".split(), frames=(1, 1))
+    draw("media_interleaved", ["<bos>", "<image>", "hills", "<EOC>", "<image>", "a", "red", "boat"], frames=(1, 1))
     draw(
         "media_packed",
-        "<image> hills <EOC> the sea . <image> boats".split(),
+        ["<image>", "hills", "<EOC>", "the", "sea", ".", "<image>", "boats"],
         frames=(1, 1),
         document_ids=(0, 0, 0, 1, 1, 1, 1, 1),
     )
-    draw("media_video", "<image> hills <EOC> <image> a boat sails away".split(), frames=(1, 3))
+    draw("media_video", ["<image>", "hills", "<EOC>", "<image>", "a", "boat", "sails", "away"], frames=(1, 3))
 
 
 if __name__ == "__main__":
