@@ -31,5 +31,5 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Try the longest pages with the slow tests: each of their pieces of code runs all pieces before it again."""
     for item in items:
-        if item.path.name in ("evaluation.md", "training.md", "whole_model.md"):
+        if item.path.name in ("evaluation.md", "other_modalities.md", "training.md", "whole_model.md"):
             item.add_marker(pytest.mark.slow)
