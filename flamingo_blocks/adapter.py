@@ -130,7 +130,7 @@ def write_adapter(model: Any, directory: str | Path, *, before: Mapping[str, Map
             "module": type(getattr(backbone, "backbone", backbone)).__name__,
             "name_or_path": name_or_path or "",
             "revision": revision,
-            "dtype": dtype_name(next(backbone.parameters()).dtype),
+            "dtype": dtype_name(next((p.dtype for p in backbone.parameters()), model.dtype)),
             "layout": _layout(backbone),
             "tensors": described,
         }

@@ -101,7 +101,7 @@ def check_is_causal_lm(lm: Any) -> None:
     if not isinstance(lm, PreTrainedModel) or not lm.can_generate() or lm.get_output_embeddings() is None:
         raise ValueError(
             f"language_model must be a causal language model of transformers, with a head, got {type(lm).__name__}; "
-            "load it with AutoModelForCausalLM"
+            "load it with AutoModelForCausalLM. Into any other module, LMLayerInjector puts blocks"
         )
 
 

@@ -355,6 +355,11 @@ def _check_options(sizes: Mapping[str, Any], freeze: Collection[str]) -> None:
     known = [*FlamingoSizes.__annotations__]
     named = [name for name in build_flamingo.__annotations__ if name not in ("sizes", "return")]
     for name in sizes:
+        if name == "trust_remote_code":
+            raise TypeError(
+                "build_flamingo runs no code that comes with a model; load the model with AutoModelForCausalLM, and "
+                "trust_remote_code=True there, and pass it as language_model, with its tokenizer"
+            )
         if name not in known:
             nearest = get_close_matches(name, [*known, *named], n=1, cutoff=0)[0]
             raise TypeError(f"build_flamingo has no option {name!r}; did you mean {nearest!r}?")

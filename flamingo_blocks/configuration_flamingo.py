@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from typing import Any, ClassVar, Literal, no_type_check
 
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PreTrainedConfig
 
 from flamingo_blocks.blocks import Attend
 from flamingo_blocks.new_tokens import NewTokenHead
@@ -191,6 +191,7 @@ class FlamingoConfig(PreTrainedConfig):
         if self.text_config is None:
             raise ValueError("text_config must be the configuration of a language model, e.g. LlamaConfig(), got None")
         if isinstance(self.text_config, dict):
+            _check_model_type(self.text_config)
             self.text_config = AutoConfig.for_model(**self.text_config)
         # A copy: transformers is about to reset the attention implementation, also of a model that is in use.
         self.text_config = copy.deepcopy(self.text_config)
@@ -223,6 +224,18 @@ class FlamingoConfig(PreTrainedConfig):
         text_config = copy.copy(text_config)
         text_config.vocab_size = max(text_config.vocab_size, *(i + 1 for i in self.new_token_ids))
         return text_config
+
+
+def _check_model_type(text_config: dict[str, Any]) -> None:
+    """Say what to do where transformers does not know the language model, as one whose code came with it."""
+    model_type = text_config.get("model_type")
+    if model_type is not None and model_type not in CONFIG_MAPPING:
+        raise ValueError(
+            f"the language model is of the type {model_type!r}, which this version of transformers does not know. If "
+            "its code came with it, load it first, lm = AutoModelForCausalLM.from_pretrained(..., "
+            f"trust_remote_code=True), and register it: AutoConfig.register({model_type!r}, type(lm.config)) and "
+            "AutoModelForCausalLM.register(type(lm.config), type(lm))"
+        )
 
 
 AutoConfig.register(FlamingoConfig.model_type, FlamingoConfig, exist_ok=True)

@@ -62,14 +62,15 @@ def find_decoder_layers(lm: nn.Module, path: str | None = None) -> tuple[str, nn
         if len(best) > 1:
             raise ValueError(
                 f"{type(lm).__name__} has several lists that may be its decoder layers: {', '.join(best)}; "
-                "name the right one by its path"
+                "name the right one by its path, in build_flamingo by decoder_layers="
             )
         if best:
             return best[0], candidates[best[0]]
     seen = ", ".join(f"{name} ({len(layers)})" for name, layers in lists.items()) or "none"
     raise ValueError(
         f"no list of decoder layers found in {type(lm).__name__}, whose config speaks of {sorted(depths) or 'no'} "
-        f"layers; its module lists, with their lengths: {seen}. Name the right one by its path"
+        f"layers; its module lists, with their lengths: {seen}. Name the right one by its path, "
+        "in build_flamingo by decoder_layers="
     )
 
 

@@ -719,8 +719,9 @@ class FlamingoForConditionalGeneration(FlamingoGenerationMixin, PreTrainedModel)
         frozen = tuple(self.config.freeze or ())
         exceptions = [n for n, p in self.named_parameters() if p.requires_grad == n.startswith(frozen)]
         self.config.freeze_exceptions = exceptions or None
-        vision = next(self.vision_encoder.parameters()).dtype
         self.config.trained_dtype = dtype_name(trained.pop())
+        # One without parameters has none.
+        vision = next((p.dtype for p in self.vision_encoder.parameters()), self.language_model.dtype)
         self.config.vision_dtype = None if vision == self.language_model.dtype else dtype_name(vision)
 
     @torch.no_grad()

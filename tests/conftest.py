@@ -22,6 +22,16 @@ torch.set_num_threads(1)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if "CI" in os.environ else "default"))
 
 
+LONG_PAGES = (
+    "evaluation.md",
+    "fine_tuning.md",
+    "lora_and_quantised.md",
+    "other_modalities.md",
+    "training.md",
+    "whole_model.md",
+)
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
@@ -39,5 +49,5 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Try the longest pages with the slow tests: each of their pieces of code runs all pieces before it again."""
     for item in items:
-        if item.path.name in ("evaluation.md", "fine_tuning.md", "training.md", "whole_model.md"):
+        if item.path.name in LONG_PAGES:
             item.add_marker(pytest.mark.slow)

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
+import safetensors.torch
 import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType, gather_object
@@ -21,6 +23,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from flamingo_blocks import FlamingoForConditionalGeneration
 from tests import tiny_stream
+from tests.test_quantization import build, make_lm
 from tests.tiny_flamingo import Prompt, make_flamingo
 from tests.tiny_stream import TinyLoader, collate, make_rows, make_trainer
 
@@ -47,6 +50,22 @@ def make(*, dropout: bool = False, **options: Any) -> Any:
         if isinstance(module, nn.Dropout) and not dropout:
             module.p = 0.0
     return model
+
+
+def make_with_lora() -> Any:
+    """The same with LoRA in its language model."""
+    model = make()
+    torch.manual_seed(0)
+    config = peft.LoraConfig(
+        target_modules=r"language_model\..*\.c_attn", fan_in_fan_out=True, modules_to_save=model.trained_module_names()
+    )
+    return peft.get_peft_model(model, config)
+
+
+def make_quantised(folder: Path) -> Any:
+    """A Flamingo whose language model bitsandbytes has quantised."""
+    with PartialState().main_process_first():  # transformers saves in one process
+        return build(make_lm("bitsandbytes", folder / "lm"))
 
 
 def loader(kind: type[TinyLoader] = TinyLoader) -> TinyLoader:
@@ -113,6 +132,23 @@ def check_saving(folder: Path, **options: Any) -> dict[str, Any]:
     }
 
 
+def check_parts(folder: Path, model: Any, **options: Any) -> dict[str, Any]:
+    """Losses, and for LoRA what is saved at the end."""
+    trainer = make_trainer(folder, model=model, loader=loader(), **options)
+    trainer.train()
+    if hasattr(model, "peft_config"):
+        trainer.save_model(str(folder / "end"))
+    trainer.accelerator.wait_for_everyone()
+    return {"losses": losses(trainer), "saved": saved_norms(folder / "end")}
+
+
+def saved_norms(folder: Path) -> dict[str, float]:
+    """What PEFT has saved, by name."""
+    path = folder / "adapter_model.safetensors"
+    tensors = safetensors.torch.load_file(path) if path.exists() else {}
+    return {name: tensor.double().norm().item() for name, tensor in tensors.items()}
+
+
 class GenerateInBetween(TrainerCallback):
     """The processes end their texts at different times."""
 
@@ -165,6 +201,8 @@ CHECKS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "ddp checkpointing": lambda folder: check_losses(folder, **DDP, **CHECKPOINTING),
     "ddp resume": lambda folder: check_resume(folder, **DDP),
     "ddp without media": lambda folder: check_losses(folder, kind=WithoutMedia, **DDP),
+    "ddp lora": lambda folder: check_parts(folder, make_with_lora(), **DDP),
+    "ddp quantised": lambda folder: check_parts(folder, make_quantised(folder), **DDP),
     "fsdp": lambda folder: check_losses(folder, **FSDP),
     "fsdp checkpointing": lambda folder: check_losses(folder, **FSDP, **CHECKPOINTING),
     "fsdp frozen bf16": lambda folder: check_losses(folder, dtype=torch.bfloat16, **FSDP),
@@ -172,6 +210,7 @@ CHECKS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "fsdp without media": lambda folder: check_losses(folder, kind=WithoutMedia, **FSDP),
     "fsdp resume": lambda folder: check_resume(folder, **FSDP),
     "fsdp resume sharded": lambda folder: check_resume(folder, **SHARDED),
+    "fsdp lora": lambda folder: check_parts(folder, make_with_lora(), **FSDP),
     "fsdp saving": lambda folder: check_saving(folder, **FSDP),
     "fsdp saving sharded": lambda folder: check_saving(folder, **SHARDED),
     "fsdp use": lambda folder: check_use(folder, **FSDP),

@@ -107,6 +107,21 @@ def test_single_parameters_of_a_frozen_backbone_may_have_been_trained(tmp_path: 
     assert not any(name.startswith("resampler") for name in trained(loaded))
 
 
+def test_a_vision_encoder_without_parameters_will_do(tmp_path: Path) -> None:
+    encoder = VisionEncoder(nn.Flatten(2), image_size=(4, 8), channels=1, returns="tokens")
+    model, _ = build_flamingo(make_lm("llama"), encoder, tokenizer=make_tokenizer(), **SIZES)
+    randomize(model.injector, 0)
+    model.save_adapter(tmp_path)
+    loaded = FlamingoForConditionalGeneration.from_adapter(
+        tmp_path, language_model=make_lm("llama"), vision_encoder=copy.deepcopy(encoder)
+    )
+    prompt = {
+        "input_ids": torch.tensor([[model.config.image_token_id, 5]]),
+        "pixel_values": torch.randn(1, 1, 3, 1, 4, 8),
+    }
+    assert torch.equal(loaded(**prompt).logits, model(**prompt).logits)
+
+
 def test_its_size_is_that_of_what_was_trained(tmp_path: Path) -> None:
     model, _ = make_flamingo(resampler_dim=64, cross_attention_hidden=512)
     model.save_adapter(tmp_path)

@@ -252,6 +252,11 @@ def test_what_is_no_causal_language_model_is_refused() -> None:
         build(LlamaModel(LlamaConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2)))
 
 
+def test_code_that_comes_with_a_model_is_left_to_whoever_loads_it() -> None:
+    with pytest.raises(TypeError, match="load the model with AutoModelForCausalLM, and trust_remote_code=True there"):
+        build(trust_remote_code=True)
+
+
 def test_a_backbone_without_a_grid_is_refused() -> None:
     class Pooled(nn.Module):
         def __init__(self) -> None:

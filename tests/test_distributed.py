@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed_training import make
+from tests.distributed_training import check_parts, make, make_quantised, make_with_lora
 from tests.tiny_stream import make_trainer
 
 ROOT = Path(__file__).parents[1]
@@ -61,6 +61,17 @@ def test_losses_are_those_of_one_process(name: str, found: dict[str, list[Any]],
         if name in EXACT:
             norms = {key: tensor.double().norm().item() for key, tensor in alone.model.state_dict().items()}
             assert process["weights"] == pytest.approx(norms, rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["ddp lora", "fsdp lora", "ddp quantised"])
+def test_lora_and_a_quantised_language_model_train_as_in_one_process(
+    name: str, found: dict[str, list[Any]], tmp_path: Path
+) -> None:
+    alone = check_parts(tmp_path, make_quantised(tmp_path) if name == "ddp quantised" else make_with_lora())
+    for process in found[name]:
+        assert process["losses"] == pytest.approx(alone["losses"], rel=CLOSE)
+        assert process["saved"] == pytest.approx(alone["saved"], rel=1e-3, abs=1e-4)
+    assert bool(alone["saved"]) == ("lora" in name)
 
 
 @pytest.mark.parametrize("name", ["ddp resume", "fsdp resume", "fsdp resume sharded"])

@@ -57,7 +57,7 @@ def test_an_encoder_decoder_is_refused() -> None:
 def test_no_list_of_that_length_is_an_error_that_lists_the_candidates() -> None:
     lm = make_lm("llama")
     lm.model.layers.append(nn.Identity())
-    with pytest.raises(ValueError, match=r"speaks of \[3\] layers; .*: model.layers \(4\). Name the right one"):
+    with pytest.raises(ValueError, match=r"speaks of \[3\] layers; .*: model.layers \(4\). Name the right one by"):
         find_decoder_layers(lm)
 
 

@@ -9,12 +9,15 @@ import pytest
 import safetensors.torch
 import torch
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoImageProcessor,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
 )
 
 from flamingo_blocks import FlamingoConfig, FlamingoForConditionalGeneration, FlamingoProcessor, build_flamingo
@@ -222,3 +225,30 @@ def test_what_is_pushed_to_the_hub_is_what_is_saved(tmp_path: Path, monkeypatch:
     processor.push_to_hub("somebody/flamingo")
     assert_same_bits(Auto.from_pretrained(hub / "somebody" / "flamingo"), model)
     AutoProcessor.from_pretrained(hub / "somebody" / "flamingo")
+
+
+class HouseConfig(LlamaConfig):
+    """A kind that transformers does not know, as where code comes with a model."""
+
+    model_type = "house_llama"
+
+
+class HouseForCausalLM(LlamaForCausalLM):
+    config_class = HouseConfig
+
+
+def test_a_language_model_that_transformers_does_not_know_is_loaded_once_it_is_registered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    lm: Any = HouseForCausalLM(HouseConfig(**CONFIGS["llama"]().to_dict() | {"model_type": "house_llama"}))
+    model, _ = build_flamingo(lm, FlamingoVisionConfig(**VISION["vit"]), tokenizer=make_tokenizer(), **SIZES)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"type 'house_llama', .* AutoConfig\.register\('house_llama', type\(lm\."):
+        FlamingoForConditionalGeneration.from_pretrained(tmp_path)
+    monkeypatch.setattr(CONFIG_MAPPING, "_extra_content", {**CONFIG_MAPPING._extra_content})
+    mapping: Any = AutoModelForCausalLM._model_mapping  # type: ignore[attr-defined]
+    monkeypatch.setattr(mapping, "_extra_content", {**mapping._extra_content})
+    AutoConfig.register("house_llama", type(lm.config))
+    AutoModelForCausalLM.register(type(lm.config), type(lm))  # type: ignore[no-untyped-call]
+    assert_same_bits(FlamingoForConditionalGeneration.from_pretrained(tmp_path), model)
