@@ -247,8 +247,8 @@ def test_a_language_model_that_transformers_does_not_know_is_loaded_once_it_is_r
     with pytest.raises(ValueError, match=r"type 'house_llama', .* AutoConfig\.register\('house_llama', type\(lm\."):
         FlamingoForConditionalGeneration.from_pretrained(tmp_path)
     monkeypatch.setattr(CONFIG_MAPPING, "_extra_content", {**CONFIG_MAPPING._extra_content})
-    mapping: Any = AutoModelForCausalLM._model_mapping  # type: ignore[attr-defined]
+    mapping: Any = AutoModelForCausalLM._model_mapping
     monkeypatch.setattr(mapping, "_extra_content", {**mapping._extra_content})
     AutoConfig.register("house_llama", type(lm.config))
-    AutoModelForCausalLM.register(type(lm.config), type(lm))  # type: ignore[no-untyped-call]
+    AutoModelForCausalLM.register(type(lm.config), type(lm))
     assert_same_bits(FlamingoForConditionalGeneration.from_pretrained(tmp_path), model)
