@@ -24,8 +24,16 @@ def media_index(media_locations: Bool[Tensor, "batch text"]) -> Int[Tensor, "bat
     Returns:
         0 before the first medium, then 1..media.
 
+    Raises:
+        ValueError: If `media_locations` is not boolean, such as token ids, whose sums would mean nothing.
+
     Source: Alayrac et al. 2022, section 2.3. Differs from the paper: no.
     """
+    if media_locations.dtype != torch.bool:
+        raise ValueError(
+            "media_locations must be boolean, True where the token is <image>, got "
+            f"{media_locations.dtype}; for token ids, write input_ids == image_token_id"
+        )
     return media_locations.cumsum(-1)
 
 
@@ -57,7 +65,8 @@ def media_ranges(
         (start, stop) for each token.
 
     Raises:
-        ValueError: If `attend` is not one of the rules, or the shapes of the two tensors differ.
+        ValueError: If `attend` is not one of the rules, `media_locations` is not boolean, or the shapes of the two
+            tensors differ.
 
     Source: Alayrac et al. 2022, section 2.3, appendices A.1.3 and A.3.2. Differs from the paper: `"all_previous"` and
     packed documents are ours.

@@ -227,6 +227,13 @@ def test_wrong_shapes_are_refused() -> None:
 
 
 @pytest.mark.unchecked
+@pytest.mark.parametrize("find", [media_index, media_ranges])
+def test_token_ids_are_no_places(find: Any) -> None:
+    with pytest.raises(ValueError, match=r"must be boolean, .* got torch\.int64; .* write input_ids == image_token_id"):
+        find(torch.tensor([[5, 6]]))
+
+
+@pytest.mark.unchecked
 def test_unknown_rule_is_named() -> None:
     with pytest.raises(ValueError, match="attend must be one of 'last', 'all_previous', 'next', got 'previous'"):
         media_ranges(torch.ones(1, 2, dtype=torch.bool), attend="previous")  # type: ignore[arg-type]
