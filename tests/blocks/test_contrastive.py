@@ -16,9 +16,10 @@ from tests.strategies import random_tensor, seeds
 def test_loss_equals_the_pairwise_loop_with_several_positives(
     size: int, seed: int, label_smoothing: float, data: st.DataObject
 ) -> None:
-    images, texts = (random_tensor(seed + i, size, 4, requires_grad=True) for i in (0, 1))
-    labels = torch.tensor(data.draw(st.lists(st.integers(0, 3), min_size=size, max_size=size)))
-    positives = labels[:, None] == labels
+    labels = data.draw(st.lists(st.integers(0, 3), min_size=size, max_size=size))
+    others = sorted({*labels}) + data.draw(st.lists(st.sampled_from(labels), max_size=3))
+    images, texts = (random_tensor(seed + i, n, 4, requires_grad=True) for i, n in enumerate((size, len(others))))
+    positives = torch.tensor(labels)[:, None] == torch.tensor(others)
     loss = ContrastiveLoss(temperature=0.2, label_smoothing=label_smoothing).double()
     result = loss(images, texts, positives)
     expected = reference.contrastive_loss(images, texts, positives, loss.log_scale.exp().item(), label_smoothing)
@@ -62,6 +63,11 @@ def test_half_precision_embeddings_meet_a_full_precision_temperature() -> None:
     images, texts = torch.randn(3, 4).bfloat16(), torch.randn(3, 4).bfloat16()
     loss = ContrastiveLoss()
     torch.testing.assert_close(loss(images, texts), loss(images.float(), texts.float()))
+
+
+def test_a_half_precision_temperature_gives_a_half_precision_loss() -> None:
+    embeddings = torch.randn(3, 4)
+    assert ContrastiveLoss().bfloat16()(embeddings, embeddings).dtype == torch.bfloat16
 
 
 def test_autocast_changes_nothing() -> None:
@@ -134,11 +140,21 @@ def test_a_group_of_one_process_is_no_group(name: str) -> None:
     torch.testing.assert_close(found, expected, rtol=0.0, atol=0.0)
 
 
+def test_a_group_of_one_process_refuses_what_no_group_refuses() -> None:
+    loss, embeddings = ContrastiveLoss(gather=True), torch.randn(3, 4)
+    ids = torch.tensor([1, 2, 3])
+    with tiny_contrastive.group_of_one():
+        with pytest.raises(ValueError, match=r"as many texts as images, got \[2\], \[3\]"):
+            loss(embeddings, embeddings[:2])
+        for images, texts in ((3, 2), (2, 3)):
+            with pytest.raises(ValueError, match="every image and every text must have a positive"):
+                loss(embeddings[:images], embeddings[:texts], image_ids=ids[:images], text_ids=ids[:texts])
+
+
 @pytest.mark.parametrize("name", tiny_contrastive.CASES)
 def test_two_processes_are_one_with_the_whole_batch(name: str, processes: list[dict[str, Any]]) -> None:
     case = tiny_contrastive.CASES[name]
-    with tiny_contrastive.group_of_one():
-        expected = tiny_contrastive.run(case, tiny_contrastive.Towers(case), range(tiny_contrastive.PROCESSES))
+    expected = tiny_contrastive.run(case, tiny_contrastive.Towers(case), range(tiny_contrastive.PROCESSES))
     # Gradients of 16 bits are rounded before or after they are summed.
     rtol, atol = (1e-12, 1e-14) if case.dtype == torch.float64 else (1e-2, 1e-2)
     for process in processes:
@@ -161,6 +177,3 @@ def test_what_processes_cannot_compare_all_of_them_refuse(
     name: str, message: str, processes: list[dict[str, Any]]
 ) -> None:
     assert [process[name] for process in processes] == [message] * tiny_contrastive.PROCESSES
-    with tiny_contrastive.group_of_one():
-        is_refused_alone = tiny_contrastive.refuse(name, 0) != ""
-    assert is_refused_alone == (name not in ("ids in one process", "another dim in one process"))
