@@ -22,7 +22,7 @@ def test_loss_equals_the_pairwise_loop_with_several_positives(
     positives = torch.tensor(labels)[:, None] == torch.tensor(others)
     loss = ContrastiveLoss(temperature=0.2, label_smoothing=label_smoothing).double()
     result = loss(images, texts, positives)
-    expected = reference.contrastive_loss(images, texts, positives, loss.log_scale.exp().item(), label_smoothing)
+    expected = reference.contrastive_loss(images, texts, positives, 1 / 0.2, label_smoothing)
     torch.testing.assert_close(result, expected)
     torch.testing.assert_close(
         torch.autograd.grad(result, (images, texts)), torch.autograd.grad(expected, (images, texts))
@@ -44,6 +44,13 @@ def test_ids_say_what_positives_say(ids: list[int], seed: int) -> None:
     loss = ContrastiveLoss(gather=True).double()
     expected = loss(images, texts, image_ids[:, None] == text_ids)
     assert torch.equal(loss(images, texts, image_ids=image_ids, text_ids=text_ids), expected)
+
+
+def test_the_defaults_are_clips() -> None:
+    loss = ContrastiveLoss()
+    assert loss.log_scale.exp().item() == pytest.approx(1 / 0.07)
+    assert loss.label_smoothing == 0.0
+    assert loss.gather is False
 
 
 def test_temperature_is_learned_and_bounded() -> None:
@@ -74,6 +81,8 @@ def test_autocast_changes_nothing() -> None:
     images, texts = torch.randn(3, 4), torch.randn(3, 4)
     loss = ContrastiveLoss(temperature=0.01)
     expected = loss(images, texts)
+    torch.testing.assert_close(expected.double(), loss.double()(images, texts), rtol=1e-5, atol=0.0)
+    loss.float()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(loss(images, texts), expected)
 
@@ -93,8 +102,9 @@ def test_bad_input_is_refused() -> None:
         loss(embeddings, embeddings, image_ids=torch.arange(3))
     with pytest.raises(ValueError, match="give both image_ids and text_ids, or positives"):
         loss(embeddings, embeddings, torch.eye(3) > 0, image_ids=torch.arange(3), text_ids=torch.arange(3))
-    with pytest.raises(ValueError, match="must not be empty"):
-        loss(embeddings[:0], embeddings[:0])
+    for images, texts in ((0, 0), (0, 3), (3, 0)):
+        with pytest.raises(ValueError, match="must not be empty"):
+            loss(embeddings[:images], embeddings[:texts])
     with pytest.raises(ValueError, match=r"as many texts as images, got \[2\], \[3\]"):
         loss(embeddings, embeddings[:2])
     with pytest.raises(ValueError, match=r"temperature must be at least 1 / max_scale = 0\.01, got 0\.0"):
@@ -106,6 +116,9 @@ def test_wrong_shapes_are_refused() -> None:
     loss, embeddings = ContrastiveLoss(), torch.randn(3, 4)
     with pytest.raises(ValueError, match=r"\(images, dim\) and \(texts, dim\), got \(3, 4\) and \(3, 5\)"):
         loss(embeddings, torch.randn(3, 5))
+    for images, texts in ((embeddings, embeddings[0]), (embeddings[0], embeddings)):
+        with pytest.raises(ValueError, match=r"must have shapes \(images, dim\) and \(texts, dim\)"):
+            loss(images, texts)
     with pytest.raises(ValueError, match=r"positives must have shape \(images, texts\) = \(3, 3\), got \(2, 3\)"):
         loss(embeddings, embeddings, torch.ones(2, 3, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"must be one for each of \(3, 3\), got shapes \(\(3,\), \(2,\)\)"):
@@ -146,6 +159,8 @@ def test_a_group_of_one_process_refuses_what_no_group_refuses() -> None:
     with tiny_contrastive.group_of_one():
         with pytest.raises(ValueError, match=r"as many texts as images, got \[2\], \[3\]"):
             loss(embeddings, embeddings[:2])
+        with pytest.raises(ValueError, match="positives cannot tell what matches in other processes"):
+            loss(embeddings, embeddings, torch.eye(3) > 0)
         for images, texts in ((3, 2), (2, 3)):
             with pytest.raises(ValueError, match="every image and every text must have a positive"):
                 loss(embeddings[:images], embeddings[:texts], image_ids=ids[:images], text_ids=ids[:texts])
