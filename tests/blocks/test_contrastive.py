@@ -166,6 +166,14 @@ def test_a_group_of_one_process_refuses_what_no_group_refuses() -> None:
                 loss(embeddings[:images], embeddings[:texts], image_ids=ids[:images], text_ids=ids[:texts])
 
 
+def test_the_default_device_does_not_matter_to_a_group() -> None:
+    loss, embeddings = ContrastiveLoss(gather=True), torch.randn(3, 4)
+    expected = loss(embeddings, embeddings)
+    with tiny_contrastive.group_of_one(), torch.device("meta"):
+        found = loss(embeddings, embeddings)
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("name", tiny_contrastive.CASES)
 def test_two_processes_are_one_with_the_whole_batch(name: str, processes: list[dict[str, Any]]) -> None:
     case = tiny_contrastive.CASES[name]
