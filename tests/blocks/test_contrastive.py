@@ -16,12 +16,13 @@ from tests.strategies import random_tensor, seeds
 def test_loss_equals_the_pairwise_loop_with_several_positives(
     size: int, seed: int, label_smoothing: float, data: st.DataObject
 ) -> None:
-    images, texts = (random_tensor(seed + i, size, 4, requires_grad=True) for i in (0, 1))
-    labels = torch.tensor(data.draw(st.lists(st.integers(0, 3), min_size=size, max_size=size)))
-    positives = labels[:, None] == labels
+    labels = data.draw(st.lists(st.integers(0, 3), min_size=size, max_size=size))
+    others = sorted({*labels}) + data.draw(st.lists(st.sampled_from(labels), max_size=3))
+    images, texts = (random_tensor(seed + i, n, 4, requires_grad=True) for i, n in enumerate((size, len(others))))
+    positives = torch.tensor(labels)[:, None] == torch.tensor(others)
     loss = ContrastiveLoss(temperature=0.2, label_smoothing=label_smoothing).double()
     result = loss(images, texts, positives)
-    expected = reference.contrastive_loss(images, texts, positives, loss.log_scale.exp().item(), label_smoothing)
+    expected = reference.contrastive_loss(images, texts, positives, 1 / 0.2, label_smoothing)
     torch.testing.assert_close(result, expected)
     torch.testing.assert_close(
         torch.autograd.grad(result, (images, texts)), torch.autograd.grad(expected, (images, texts))
@@ -45,6 +46,13 @@ def test_ids_say_what_positives_say(ids: list[int], seed: int) -> None:
     assert torch.equal(loss(images, texts, image_ids=image_ids, text_ids=text_ids), expected)
 
 
+def test_the_defaults_are_clips() -> None:
+    loss = ContrastiveLoss()
+    assert loss.log_scale.exp().item() == pytest.approx(1 / 0.07)
+    assert loss.label_smoothing == 0.0
+    assert loss.gather is False
+
+
 def test_temperature_is_learned_and_bounded() -> None:
     loss = ContrastiveLoss(temperature=0.5)
     images, texts = torch.randn(3, 4), torch.randn(3, 4)
@@ -64,10 +72,17 @@ def test_half_precision_embeddings_meet_a_full_precision_temperature() -> None:
     torch.testing.assert_close(loss(images, texts), loss(images.float(), texts.float()))
 
 
+def test_a_half_precision_temperature_gives_a_half_precision_loss() -> None:
+    embeddings = torch.randn(3, 4)
+    assert ContrastiveLoss().bfloat16()(embeddings, embeddings).dtype == torch.bfloat16
+
+
 def test_autocast_changes_nothing() -> None:
     images, texts = torch.randn(3, 4), torch.randn(3, 4)
     loss = ContrastiveLoss(temperature=0.01)
     expected = loss(images, texts)
+    torch.testing.assert_close(expected.double(), loss.double()(images, texts), rtol=1e-5, atol=0.0)
+    loss.float()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(loss(images, texts), expected)
 
@@ -87,8 +102,9 @@ def test_bad_input_is_refused() -> None:
         loss(embeddings, embeddings, image_ids=torch.arange(3))
     with pytest.raises(ValueError, match="give both image_ids and text_ids, or positives"):
         loss(embeddings, embeddings, torch.eye(3) > 0, image_ids=torch.arange(3), text_ids=torch.arange(3))
-    with pytest.raises(ValueError, match="must not be empty"):
-        loss(embeddings[:0], embeddings[:0])
+    for images, texts in ((0, 0), (0, 3), (3, 0)):
+        with pytest.raises(ValueError, match="must not be empty"):
+            loss(embeddings[:images], embeddings[:texts])
     with pytest.raises(ValueError, match=r"as many texts as images, got \[2\], \[3\]"):
         loss(embeddings, embeddings[:2])
     with pytest.raises(ValueError, match=r"temperature must be at least 1 / max_scale = 0\.01, got 0\.0"):
@@ -100,6 +116,9 @@ def test_wrong_shapes_are_refused() -> None:
     loss, embeddings = ContrastiveLoss(), torch.randn(3, 4)
     with pytest.raises(ValueError, match=r"\(images, dim\) and \(texts, dim\), got \(3, 4\) and \(3, 5\)"):
         loss(embeddings, torch.randn(3, 5))
+    for images, texts in ((embeddings, embeddings[0]), (embeddings[0], embeddings)):
+        with pytest.raises(ValueError, match=r"must have shapes \(images, dim\) and \(texts, dim\)"):
+            loss(images, texts)
     with pytest.raises(ValueError, match=r"positives must have shape \(images, texts\) = \(3, 3\), got \(2, 3\)"):
         loss(embeddings, embeddings, torch.ones(2, 3, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"must be one for each of \(3, 3\), got shapes \(\(3,\), \(2,\)\)"):
@@ -134,11 +153,31 @@ def test_a_group_of_one_process_is_no_group(name: str) -> None:
     torch.testing.assert_close(found, expected, rtol=0.0, atol=0.0)
 
 
+def test_a_group_of_one_process_refuses_what_no_group_refuses() -> None:
+    loss, embeddings = ContrastiveLoss(gather=True), torch.randn(3, 4)
+    ids = torch.tensor([1, 2, 3])
+    with tiny_contrastive.group_of_one():
+        with pytest.raises(ValueError, match=r"as many texts as images, got \[2\], \[3\]"):
+            loss(embeddings, embeddings[:2])
+        with pytest.raises(ValueError, match="positives cannot tell what matches in other processes"):
+            loss(embeddings, embeddings, torch.eye(3) > 0)
+        for images, texts in ((3, 2), (2, 3)):
+            with pytest.raises(ValueError, match="every image and every text must have a positive"):
+                loss(embeddings[:images], embeddings[:texts], image_ids=ids[:images], text_ids=ids[:texts])
+
+
+def test_the_default_device_does_not_matter_to_a_group() -> None:
+    loss, embeddings = ContrastiveLoss(gather=True), torch.randn(3, 4)
+    expected = loss(embeddings, embeddings)
+    with tiny_contrastive.group_of_one(), torch.device("meta"):
+        found = loss(embeddings, embeddings)
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("name", tiny_contrastive.CASES)
 def test_two_processes_are_one_with_the_whole_batch(name: str, processes: list[dict[str, Any]]) -> None:
     case = tiny_contrastive.CASES[name]
-    with tiny_contrastive.group_of_one():
-        expected = tiny_contrastive.run(case, tiny_contrastive.Towers(case), range(tiny_contrastive.PROCESSES))
+    expected = tiny_contrastive.run(case, tiny_contrastive.Towers(case), range(tiny_contrastive.PROCESSES))
     # Gradients of 16 bits are rounded before or after they are summed.
     rtol, atol = (1e-12, 1e-14) if case.dtype == torch.float64 else (1e-2, 1e-2)
     for process in processes:
@@ -161,6 +200,3 @@ def test_what_processes_cannot_compare_all_of_them_refuse(
     name: str, message: str, processes: list[dict[str, Any]]
 ) -> None:
     assert [process[name] for process in processes] == [message] * tiny_contrastive.PROCESSES
-    with tiny_contrastive.group_of_one():
-        is_refused_alone = tiny_contrastive.refuse(name, 0) != ""
-    assert is_refused_alone == (name not in ("ids in one process", "another dim in one process"))

@@ -31,6 +31,7 @@ def test_a_gated_network_is_4_times_as_wide_too_by_default() -> None:
 def test_swiglu_gates_the_hidden_values() -> None:
     network = SwiGLU(6, hidden=5)
     x = torch.randn(2, 6)
+    assert network.to_gate.weight.shape == (5, 6)
     gate = x @ network.to_gate.weight.T
     expected = (gate * gate.sigmoid() * (x @ network.to_hidden.weight.T)) @ network.to_out.weight.T
     torch.testing.assert_close(network(x), expected)

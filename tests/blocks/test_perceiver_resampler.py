@@ -158,9 +158,52 @@ def test_the_defaults_are_the_papers() -> None:
     assert resampler.layers[0].to_q.out_features == 16 * 96  # type: ignore[union-attr]
 
 
+def test_the_parts_are_those_asked_for_and_no_projection_has_a_bias() -> None:
+    resampler = make_resampler(
+        {"vision_dim": 5, "head_dim": 3, "qk_norm": nn.LayerNorm, "feed_forward": lambda dim: nn.Linear(dim, dim)}
+    )
+    assert (resampler.dim, resampler.vision_dim) == (DIM, 5)
+    assert resampler.features.project[1].weight.shape == (DIM, 5)  # type: ignore[index]
+    norms = {f"{norm}.{name}": (DIM,) for norm in ("norm_features", "norm_latents") for name in ("weight", "bias")}
+    heads = {f"{norm}.{name}": (3,) for norm in ("q_norm", "k_norm") for name in ("weight", "bias")}
+    attention = {"to_q.weight": (6, DIM), "to_kv.weight": (12, DIM), "to_out.weight": (DIM, 6)}
+    after = {"norm_feed_forward.weight": (DIM,), "norm_feed_forward.bias": (DIM,)}
+    feed_forward = {"feed_forward.weight": (DIM, DIM), "feed_forward.bias": (DIM,)}
+    for layer in resampler.layers:
+        found = {name: tuple(tensor.shape) for name, tensor in layer.state_dict().items()}
+        assert found == norms | heads | attention | after | feed_forward
+
+
+def test_checkpointing_gives_equal_gradients_and_keeps_less() -> None:
+    found = []
+    for gradient_checkpointing in (False, True):
+        resampler = make_resampler({})
+        assert resampler.gradient_checkpointing is False
+        features = features_of(resampler, 0, 2, 2, 3, 4)
+        resampler.gradient_checkpointing = gradient_checkpointing
+        kept: list[int] = []
+
+        def keep(tensor: Tensor, kept: list[int] = kept) -> Tensor:
+            kept.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            output = resampler(features, torch.tensor([[3, 1], [2, 0]]))
+        output.square().sum().backward()
+        gradients = [features.grad, *(parameter.grad for parameter in resampler.parameters())]
+        found.append((output, gradients, sum(kept)))
+    (output, gradients, kept_without), (other_output, other_gradients, kept_with) = found
+    torch.testing.assert_close((other_output, other_gradients), (output, gradients), rtol=0.0, atol=0.0)
+    assert kept_with < kept_without / 2
+    with torch.no_grad():
+        torch.testing.assert_close(resampler(features, torch.tensor([[3, 1], [2, 0]])), output)
+
+
 def test_half_precision_features_meet_full_precision_weights() -> None:
     resampler = PerceiverResampler(dim=DIM, depth=1, heads=2)
-    assert resampler(torch.randn(1, 1, 1, 4, DIM, dtype=torch.bfloat16)).dtype == torch.float32
+    features = torch.randn(1, 1, 1, 4, DIM, dtype=torch.bfloat16)
+    assert resampler(features).dtype == torch.float32
+    assert PerceiverResampler(dim=DIM, depth=1, heads=2, max_frames=0)(features).dtype == torch.float32
 
 
 def test_nan_of_a_real_frame_is_passed_on() -> None:
