@@ -38,12 +38,7 @@ def _seed() -> None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Leave the tests out that need other implementations, unless they are asked for: `make parity` installs them.
-
-    What is run in the environments of `make dist` is no test at all.
-    """
-    if collection_path == Path(__file__).parent / "wheel":
-        return True
+    """Leave the tests out that need other implementations, unless they are asked for: `make parity` installs them."""
     if collection_path != Path(__file__).parent / "parity":
         return None
     asked_for = [Path(argument.partition("::")[0]).absolute() for argument in config.args]
