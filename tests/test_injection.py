@@ -159,16 +159,17 @@ def test_projected_media_give_the_same_as_media() -> None:
         assert torch.equal(lm(inputs.input_ids).logits, expected)
 
 
-def test_rows_that_share_media_give_what_copies_of_the_media_give() -> None:
+@pytest.mark.parametrize("rows", [2, 3])
+def test_rows_that_share_media_give_what_copies_of_the_media_give(rows: int) -> None:
     lm, inputs = make_lm("llama"), Inputs.make()
     injector = inject(lm, gate=1.0)
-    input_ids = torch.randint(3, VOCAB, (6, 9))
-    copies = MediaRuns.from_ranges(inputs.runs.ranges.repeat_interleave(3, dim=0))
-    with injector.scope(inputs.media.repeat_interleave(3, dim=0), copies):
+    input_ids = torch.randint(3, VOCAB, (2 * rows, 9))
+    copies = MediaRuns.from_ranges(inputs.runs.ranges.repeat_interleave(rows, dim=0))
+    with injector.scope(inputs.media.repeat_interleave(rows, dim=0), copies):
         expected = lm(input_ids).logits
-    shared = MediaRuns.from_ranges(inputs.runs.ranges.repeat(1, 3, 1))
+    shared = MediaRuns.from_ranges(inputs.runs.ranges.repeat(1, rows, 1))
     for media in (inputs.media, injector.project_media(inputs.media)):
-        with injector.scope(media, shared, rows_per_media=3):
+        with injector.scope(media, shared, rows_per_media=rows):
             torch.testing.assert_close(lm(input_ids).logits, expected)
 
 
@@ -408,6 +409,30 @@ def test_checkpointing_by_transformers_gives_equal_gradients(name: str, options:
         result = train_step(lm, injector)
         assert result.keys() == expected.keys()
         torch.testing.assert_close(result, expected)
+
+
+def test_a_checkpointed_block_in_a_frozen_lm_learns_the_same_and_keeps_less() -> None:
+    lm, inputs = make_lm("llama").requires_grad_(False), Inputs.make()
+    injector = inject(lm, DEPTH - 1, gate=0.5)
+    assert injector.gradient_checkpointing is False
+    found = []
+    for injector.gradient_checkpointing in (False, True):
+        kept: list[int] = []
+
+        def keep(tensor: Tensor, kept: list[int] = kept) -> Tensor:
+            kept.append(tensor.numel())
+            return tensor
+
+        injector.zero_grad()
+        hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+        with injector.scope(inputs.media, inputs.runs), hooks:
+            lm(inputs.input_ids, use_cache=False).logits.square().sum().backward()
+        gradients = [parameter.grad for parameter in injector.parameters() if parameter.grad is not None]
+        assert len(gradients) == len(list(injector.parameters()))
+        found.append((gradients, sum(kept)))
+    (gradients, kept_without), (other_gradients, kept_with) = found
+    torch.testing.assert_close(other_gradients, gradients)
+    assert kept_with < kept_without
 
 
 def test_checkpointing_of_a_whole_model_reaches_the_blocks() -> None:

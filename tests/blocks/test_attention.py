@@ -300,6 +300,30 @@ def test_segments_serve_in_training_after_inference_and_belong_to_their_ranges()
 
 
 @pytest.mark.parametrize("algorithm", get_args(Algorithm))
+def test_the_default_device_does_not_matter(algorithm: Algorithm) -> None:
+    ranges = torch.tensor([[[0, 1], [0, 1], [1, 2]], [[0, 0], [0, 1], [0, 1]]])
+    queries, media = torch.randn(2, 3, HEADS, HEAD_DIM), torch.randn(2, 2, LATENTS, HEADS, HEAD_DIM)
+    expected = attend(queries, KeyValues(media, media), MediaRuns.from_ranges(ranges), algorithm)
+    with torch.device("meta"):
+        found = attend(queries, KeyValues(media, media), MediaRuns.from_ranges(ranges), algorithm)
+    assert torch.equal(found, expected)
+
+
+@given(layouts(), seeds)
+def test_under_torch_compile_no_value_is_looked_at_and_the_result_is_the_same(layout: Layout, seed: int) -> None:
+    queries, media = draw_inputs(layout, seed)
+    with mock.patch("torch.compiler.is_compiling", return_value=True):
+        runs = MediaRuns.from_ranges(layout.ranges, in_order=layout.runs.in_order)
+        assert (runs.table, runs.in_order) == (None, layout.runs.in_order)
+        assert choose_algorithm(queries, media, runs) in ("tiles", "dense")
+        found = attend_to_media(queries, media, runs)
+        masked = attend_to_media(queries, media, MediaRuns.from_mask(dense_media_mask(layout.ranges, layout.media)))
+    expected = reference.attend_to_media(queries, media, layout.ranges)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(masked, expected)
+
+
+@pytest.mark.parametrize("algorithm", get_args(Algorithm))
 def test_a_batch_without_tokens_gives_no_output(algorithm: Algorithm) -> None:
     media = torch.randn(2, 1, LATENTS, HEADS, HEAD_DIM)
     runs = MediaRuns.from_ranges(torch.zeros(2, 0, 2, dtype=torch.long))
