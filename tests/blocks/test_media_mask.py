@@ -234,6 +234,7 @@ def test_the_default_device_does_not_matter() -> None:
     ranges = torch.tensor([[[0, 1], [1, 3]]])
     with torch.device("meta"):
         assert MediaRuns.from_ranges(ranges).table == ((0, 0, 1, 0, 1), (0, 1, 1, 1, 3))
+        assert dense_media_mask(ranges, 3).tolist() == [[[True, False, False], [False, True, True]]]
 
 
 def test_the_rule_can_differ_by_document() -> None:
