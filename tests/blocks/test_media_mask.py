@@ -1,3 +1,4 @@
+import re
 from itertools import pairwise
 from typing import Any
 from unittest import mock
@@ -256,8 +257,11 @@ def test_wrong_shapes_are_refused() -> None:
     is_image = torch.ones(2, 3, dtype=torch.bool)
     with pytest.raises(ValueError, match=r"document_ids must have the shape of media_locations, \(2, 3\), got \(3,\)"):
         media_ranges(is_image, document_ids=torch.zeros(3, dtype=torch.long))
-    with pytest.raises(ValueError, match=r"ranges must have shape \(batch, text, 2\), got \(2, 3\)"):
-        MediaRuns.from_ranges(torch.zeros(2, 3, dtype=torch.long))
+    for shape in ((3, 2), (1, 2, 3)):
+        with pytest.raises(
+            ValueError, match=rf"ranges must have shape \(batch, text, 2\), got {re.escape(str(shape))}"
+        ):
+            MediaRuns.from_ranges(torch.zeros(shape, dtype=torch.long))
     with pytest.raises(ValueError, match=r"num_media must have shape \(2,\), got \(3,\)"):
         MediaRuns.from_ranges(media_ranges(is_image), num_media=torch.zeros(3, dtype=torch.long))
 
