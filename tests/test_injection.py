@@ -159,16 +159,17 @@ def test_projected_media_give_the_same_as_media() -> None:
         assert torch.equal(lm(inputs.input_ids).logits, expected)
 
 
-def test_rows_that_share_media_give_what_copies_of_the_media_give() -> None:
+@pytest.mark.parametrize("rows", [2, 3])
+def test_rows_that_share_media_give_what_copies_of_the_media_give(rows: int) -> None:
     lm, inputs = make_lm("llama"), Inputs.make()
     injector = inject(lm, gate=1.0)
-    input_ids = torch.randint(3, VOCAB, (6, 9))
-    copies = MediaRuns.from_ranges(inputs.runs.ranges.repeat_interleave(3, dim=0))
-    with injector.scope(inputs.media.repeat_interleave(3, dim=0), copies):
+    input_ids = torch.randint(3, VOCAB, (2 * rows, 9))
+    copies = MediaRuns.from_ranges(inputs.runs.ranges.repeat_interleave(rows, dim=0))
+    with injector.scope(inputs.media.repeat_interleave(rows, dim=0), copies):
         expected = lm(input_ids).logits
-    shared = MediaRuns.from_ranges(inputs.runs.ranges.repeat(1, 3, 1))
+    shared = MediaRuns.from_ranges(inputs.runs.ranges.repeat(1, rows, 1))
     for media in (inputs.media, injector.project_media(inputs.media)):
-        with injector.scope(media, shared, rows_per_media=3):
+        with injector.scope(media, shared, rows_per_media=rows):
             torch.testing.assert_close(lm(input_ids).logits, expected)
 
 
@@ -410,6 +411,30 @@ def test_checkpointing_by_transformers_gives_equal_gradients(name: str, options:
         torch.testing.assert_close(result, expected)
 
 
+def test_a_checkpointed_block_in_a_frozen_lm_learns_the_same_and_keeps_less() -> None:
+    lm, inputs = make_lm("llama").requires_grad_(False), Inputs.make()
+    injector = inject(lm, DEPTH - 1, gate=0.5)
+    assert injector.gradient_checkpointing is False
+    found = []
+    for injector.gradient_checkpointing in (False, True):
+        kept: list[int] = []
+
+        def keep(tensor: Tensor, kept: list[int] = kept) -> Tensor:
+            kept.append(tensor.numel())
+            return tensor
+
+        injector.zero_grad()
+        hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+        with injector.scope(inputs.media, inputs.runs), hooks:
+            lm(inputs.input_ids, use_cache=False).logits.square().sum().backward()
+        gradients = [parameter.grad for parameter in injector.parameters() if parameter.grad is not None]
+        assert len(gradients) == len(list(injector.parameters()))
+        found.append((gradients, sum(kept)))
+    (gradients, kept_without), (other_gradients, kept_with) = found
+    torch.testing.assert_close(other_gradients, gradients)
+    assert kept_with < kept_without
+
+
 def test_checkpointing_of_a_whole_model_reaches_the_blocks() -> None:
     lm = make_lm("llama")
     lm.injector = inject(lm)
@@ -627,19 +652,50 @@ def test_a_language_model_that_is_not_from_transformers_takes_blocks_too() -> No
     assert torch.equal(lm(inputs.input_ids), base)
 
 
-def test_blocks_stand_in_a_stream_that_is_time_major() -> None:
-    class Layer(nn.Module):
-        def forward(self, hidden_states: Tensor) -> Tensor:
-            return 2 * hidden_states
+class Double(nn.Module):
+    """A layer of the simplest kind, that takes more than hidden states."""
 
+    def forward(self, hidden_states: Tensor, *others: object) -> Any:
+        return (2 * hidden_states, *others) if others else 2 * hidden_states
+
+
+def test_any_module_can_be_a_block_and_what_else_a_layer_is_called_with_stays() -> None:
+    class AddMean(nn.Module):
+        def forward(self, hidden_states: Tensor, media: Tensor, runs: MediaRuns) -> Tensor:
+            return hidden_states + media.mean() * runs.sees_something[..., None]
+
+    inputs, layer, hidden_states = Inputs.make(), Double(), torch.randn(2, 9, 4)
+    injector = LMLayerInjector({0: AddMean()}).inject([layer])
+    with injector.scope(inputs.media, inputs.runs):
+        doubled, *others = layer(hidden_states, "one", "two")
+    torch.testing.assert_close(doubled, 2 * AddMean()(hidden_states, inputs.media, inputs.runs))
+    assert others == ["one", "two"]
+
+
+def test_a_forward_of_its_own_stays_with_its_layer() -> None:
+    """Layers with a block have one while it is in place: it is by it that torch.compile tells them from others."""
+    layers: list[Any] = [Double(), Double(), Double()]
+    own = layers[0].forward = Double().forward
+    injector = make_injector(0, 1).inject(layers)
+    assert ["forward" in vars(layer) for layer in layers] == [True, True, False]
+    injector.eject()
+    assert [vars(layer).get("forward") for layer in layers] == [own, None, None]
+
+
+def test_blocks_stand_in_a_stream_that_is_time_major() -> None:
     block = GatedCrossAttentionBlock(dim=8, media_dim=MEDIA_DIM, heads=2, gate_init=1.0)
-    layer = Layer()
+    layer = Double()
     injector = LMLayerInjector({0: block}, stream="text batch dim").inject([layer])
     hidden_states, media = torch.randn(4, 2, 8), torch.randn(2, 1, LATENTS, MEDIA_DIM)
     runs = MediaRuns.from_ranges(media_ranges(torch.tensor([[True, False, False, False]] * 2)))
     with injector.scope(media, runs):
         found = layer(hidden_states)
     torch.testing.assert_close(found, 2 * block(hidden_states.transpose(0, 1), media, runs).transpose(0, 1))
+    shared = MediaRuns.from_ranges(runs.ranges[:1].repeat(1, 2, 1))
+    with injector.scope(media[:1], shared, rows_per_media=2):
+        found = layer(hidden_states)
+    expected = block(hidden_states.transpose(0, 1), media[:1].repeat(2, 1, 1, 1), runs).transpose(0, 1)
+    torch.testing.assert_close(found, 2 * expected)
 
 
 @pytest.mark.unchecked

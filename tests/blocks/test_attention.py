@@ -150,6 +150,23 @@ def test_so_it_does_where_all_tokens_see_all_media_of_their_row_or_all_but_paddi
     torch.testing.assert_close(output, reference.attend_to_media(queries, KeyValues(keys, values), ranges))
 
 
+def test_no_mask_is_made_where_all_tokens_see_all_media() -> None:
+    queries, media = torch.randn(1, 3, HEADS, HEAD_DIM), torch.randn(1, 2, LATENTS, HEADS, HEAD_DIM)
+    for seen, needs_mask in ((2, False), (1, True)):
+        runs = MediaRuns.from_ranges(torch.tensor([0, seen]).expand(1, 3, 2))
+        with mock.patch.object(F, "scaled_dot_product_attention", wraps=F.scaled_dot_product_attention) as kernel:
+            attend_to_media(queries, KeyValues(media, media), runs, algorithm="dense")
+        assert (kernel.call_args.kwargs["attn_mask"] is not None) == needs_mask
+
+
+@pytest.mark.parametrize("head_dim", [1, 2, 4])
+def test_heads_share_keys_and_values_whatever_their_width(head_dim: int) -> None:
+    queries, media = random_tensor(0, 1, 3, 4, head_dim), random_tensor(1, 1, 2, LATENTS, 2, head_dim)
+    ranges = torch.tensor([[[0, 1], [1, 2], [0, 2]]])
+    found = attend_to_media(queries, KeyValues(media, media), MediaRuns.from_ranges(ranges))
+    torch.testing.assert_close(found, reference.attend_to_media(queries, KeyValues(media, media), ranges))
+
+
 @given(layouts(), seeds, algorithms)
 def test_a_token_depends_on_no_medium_outside_its_range(layout: Layout, seed: int, algorithm: Algorithm) -> None:
     queries, media = draw_inputs(layout, seed)
@@ -276,6 +293,15 @@ def test_nan_reaches_the_gradients_of_those_that_see_it_and_no_others(
 
 
 @pytest.mark.parametrize("algorithm", ["loop", "tiles", "dense"])
+def test_with_gradients_half_precision_is_float32_rounded_on_cpu(algorithm: Algorithm) -> None:
+    inputs = [random_tensor(i, *shape).bfloat16() for i, shape in enumerate([(1, 40, 2, 8), *[(1, 2, 16, 2, 8)] * 2])]
+    runs = MediaRuns.from_ranges(torch.tensor([[[0, 1]] * 20 + [[1, 2]] * 20]))
+    queries, *key_values = inputs
+    exact = attend(queries.float(), KeyValues(*(x.float() for x in key_values)), runs, algorithm)
+    assert torch.equal(attend(queries, KeyValues(*key_values), runs, algorithm), exact.bfloat16())
+
+
+@pytest.mark.parametrize("algorithm", ["loop", "tiles", "dense"])
 def test_autocast_does_not_undo_what_is_computed_in_float32(algorithm: Algorithm) -> None:
     inputs = [random_tensor(i, *shape).bfloat16() for i, shape in enumerate([(1, 40, 2, 8), *[(1, 2, 16, 2, 8)] * 2])]
     runs = MediaRuns.from_ranges(torch.tensor([[[0, 1]] * 20 + [[1, 2]] * 20]))
@@ -300,6 +326,30 @@ def test_segments_serve_in_training_after_inference_and_belong_to_their_ranges()
 
 
 @pytest.mark.parametrize("algorithm", get_args(Algorithm))
+def test_the_default_device_does_not_matter(algorithm: Algorithm) -> None:
+    ranges = torch.tensor([[[0, 1], [0, 1], [1, 2]], [[0, 0], [0, 1], [0, 1]]])
+    queries, media = torch.randn(2, 3, HEADS, HEAD_DIM), torch.randn(2, 2, LATENTS, HEADS, HEAD_DIM)
+    expected = attend(queries, KeyValues(media, media), MediaRuns.from_ranges(ranges), algorithm)
+    with torch.device("meta"):
+        found = attend(queries, KeyValues(media, media), MediaRuns.from_ranges(ranges), algorithm)
+    assert torch.equal(found, expected)
+
+
+@given(layouts(), seeds)
+def test_under_torch_compile_no_value_is_looked_at_and_the_result_is_the_same(layout: Layout, seed: int) -> None:
+    queries, media = draw_inputs(layout, seed)
+    with mock.patch("torch.compiler.is_compiling", return_value=True):
+        runs = MediaRuns.from_ranges(layout.ranges, in_order=layout.runs.in_order)
+        assert (runs.table, runs.in_order) == (None, layout.runs.in_order)
+        assert choose_algorithm(queries, media, runs) in ("tiles", "dense")
+        found = attend_to_media(queries, media, runs)
+        masked = attend_to_media(queries, media, MediaRuns.from_mask(dense_media_mask(layout.ranges, layout.media)))
+    expected = reference.attend_to_media(queries, media, layout.ranges)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(masked, expected)
+
+
+@pytest.mark.parametrize("algorithm", get_args(Algorithm))
 def test_a_batch_without_tokens_gives_no_output(algorithm: Algorithm) -> None:
     media = torch.randn(2, 1, LATENTS, HEADS, HEAD_DIM)
     runs = MediaRuns.from_ranges(torch.zeros(2, 0, 2, dtype=torch.long))
@@ -315,6 +365,8 @@ def test_a_batch_without_tokens_gives_no_output(algorithm: Algorithm) -> None:
         pytest.param(256, 5, 64, "loop", id="a training window of the paper"),
         pytest.param(1, 32, 64, "loop", id="a step of decoding, 32 media"),
         pytest.param(2048, 1, 64, "dense", id="one medium, no mask needed"),
+        pytest.param(2, 2, 96, "dense", id="less in a run than a call costs"),
+        pytest.param(2, 2, 128, "loop", id="as much in a run as a call costs"),
     ],
 )
 def test_the_choice_on_cpu_is_the_loop_unless_there_is_little_to_compute(
@@ -335,6 +387,10 @@ def test_the_choice_elsewhere_needs_no_table() -> None:
     assert choose_algorithm(queries, KeyValues(keys, keys), MediaRuns(ranges, None, in_order=True)) == "tiles"
     assert choose_algorithm(queries, KeyValues(keys, keys), MediaRuns(ranges, None)) == "dense"
     assert choose_algorithm(queries.to("meta"), KeyValues(keys, keys), runs) == "tiles"
+    one_token, one_medium = MediaRuns(ranges[:, :1], None, in_order=True), MediaRuns(ranges % 2, None, in_order=True)
+    assert choose_algorithm(queries[:, :1], KeyValues(keys, keys), one_token) == "dense"
+    assert choose_algorithm(queries, KeyValues(keys[:, :1], keys[:, :1]), one_medium) == "dense"
+    assert choose_algorithm(queries[:, :2, :1], KeyValues(keys, keys), MediaRuns(ranges[:, :2], None, True)) == "tiles"
     nothing = MediaRuns.from_ranges(torch.zeros_like(ranges))
     assert choose_algorithm(queries, KeyValues(keys, keys), nothing) == "dense", "so that there are gradients, of zero"
     with torch.no_grad():

@@ -98,6 +98,9 @@ def test_bad_input_is_refused() -> None:
         loss(embeddings, embeddings, torch.eye(3, dtype=torch.bool).index_fill(0, torch.tensor([1]), False))
     with pytest.raises(ValueError, match="every image and every text must have a positive"):
         loss(embeddings, embeddings, image_ids=torch.tensor([1, 2, 2]), text_ids=torch.tensor([1, 2, 3]))
+    for images, texts in ((3, 2), (2, 3)):
+        with pytest.raises(ValueError, match="every image and every text must have a positive"):
+            loss(embeddings[:images], embeddings[:texts], torch.eye(images, texts, dtype=torch.bool))
     with pytest.raises(ValueError, match="give both image_ids and text_ids, or positives"):
         loss(embeddings, embeddings, image_ids=torch.arange(3))
     with pytest.raises(ValueError, match="give both image_ids and text_ids, or positives"):
@@ -166,9 +169,11 @@ def test_a_group_of_one_process_refuses_what_no_group_refuses() -> None:
                 loss(embeddings[:images], embeddings[:texts], image_ids=ids[:images], text_ids=ids[:texts])
 
 
-def test_the_default_device_does_not_matter_to_a_group() -> None:
+def test_the_default_device_does_not_matter_to_one_or_to_a_group() -> None:
     loss, embeddings = ContrastiveLoss(gather=True), torch.randn(3, 4)
     expected = loss(embeddings, embeddings)
+    with torch.device("meta"):
+        assert torch.equal(loss(embeddings, embeddings), expected)
     with tiny_contrastive.group_of_one(), torch.device("meta"):
         found = loss(embeddings, embeddings)
     assert torch.equal(found, expected)

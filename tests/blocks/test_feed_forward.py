@@ -19,6 +19,7 @@ def test_the_default_is_the_papers() -> None:
 def test_the_activation_is_the_one_passed() -> None:
     network = FeedForward(6, hidden=5, activation=nn.GELU)
     x = torch.randn(2, 6)
+    assert network.to_hidden.weight.shape == (5, 6)
     torch.testing.assert_close(network(x), network.to_out(nn.functional.gelu(network.to_hidden(x))))
 
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from flamingo_blocks import GatedCrossAttentionBlock, MediaRuns, media_ranges
-from flamingo_blocks.blocks import FeedForward, SwiGLU
+from flamingo_blocks.blocks import FeedForward, SwiGLU, TanhGate
 from tests import reference
 from tests.strategies import Layout, layouts, random_tensor, randomize, seeds
 
@@ -100,6 +100,31 @@ def test_the_gates_start_at_zero_and_are_the_first_to_learn() -> None:
     for name, parameter in block.named_parameters():
         assert parameter.grad is not None
         assert parameter.grad.any() == name.endswith("alpha"), name
+
+
+def test_the_parts_are_those_asked_for_and_no_projection_has_a_bias() -> None:
+    def shapes(**options: object) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(tensor.shape) for name, tensor in make_block(options).state_dict().items()}
+
+    def norms(*names: str, width: int) -> dict[str, tuple[int, ...]]:
+        return {f"{name}.{kind}": (width,) for name in names for kind in ("weight", "bias")}
+
+    both = norms("norm", "norm_feed_forward", width=DIM)
+    hidden = {"feed_forward.to_hidden.weight": (4 * DIM, DIM), "feed_forward.to_out.weight": (DIM, 4 * DIM)}
+    attention = {"to_q.weight": (DIM, DIM), "to_kv.weight": (2 * DIM, MEDIA_DIM), "to_out.weight": (DIM, DIM)}
+    gates = {"gate.alpha": (1,), "gate_feed_forward.alpha": (1,)}
+    assert shapes() == both | hidden | attention | gates
+    attention = {"to_q.weight": (12, DIM), "to_kv.weight": (12, MEDIA_DIM), "to_out.weight": (DIM, 12)}
+    gates = {"gate.alpha": (DIM,), "gate_feed_forward.alpha": (DIM,)}
+    options = {"head_dim": 3, "kv_heads": 2, "qk_norm": nn.LayerNorm, "gate_per_channel": True}
+    assert shapes(**options) == both | hidden | attention | gates | norms("q_norm", "k_norm", width=3)
+
+
+@pytest.mark.parametrize(("options", "alpha"), [({}, 0.0), ({"gate_init": 0.3}, 0.3)])
+def test_both_gates_start_where_they_are_told_and_at_zero_by_default(options: dict[str, float], alpha: float) -> None:
+    block = GatedCrossAttentionBlock(dim=DIM, media_dim=MEDIA_DIM, heads=1, **options)  # type: ignore[arg-type]
+    assert block.gate.alpha.tolist() == block.gate_feed_forward.alpha.tolist() == pytest.approx([alpha])
+    assert TanhGate().alpha.tolist() == [0.0]
 
 
 @given(layouts(), seeds, blocks)

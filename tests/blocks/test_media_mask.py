@@ -1,5 +1,7 @@
+import re
 from itertools import pairwise
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -77,6 +79,33 @@ def test_dense_mask_spells_the_ranges_out(layout: Layout) -> None:
         for token in range(layout.text):
             start, stop = layout.ranges[row, token].tolist()
             assert mask[row, token].nonzero().flatten().tolist() == list(range(start, stop))
+
+
+# ---------------------------------------------------------------- segments
+
+ranges_of_any_kind = st.tuples(st.integers(0, 3), st.integers(0, 2)).map(lambda pair: (pair[0], sum(pair)))
+
+
+@given(st.lists(st.lists(ranges_of_any_kind, min_size=4, max_size=4), min_size=1, max_size=2), st.integers(1, 3))
+def test_segments_count_the_tokens_of_each_medium_and_know_those_that_are_not_in_order(
+    rows: list[list[tuple[int, int]]], num_media: int
+) -> None:
+    runs, expected = MediaRuns(torch.tensor(rows), None), []
+    for row in rows:
+        newest = 0
+        for start, stop in row:
+            sees_something = start < stop
+            is_wrong = sees_something and (stop - start > 1 or start < newest or stop > num_media)
+            newest = max(newest, start) if sees_something else newest
+            expected.append((min(newest, num_media - 1), sees_something, is_wrong))
+    for is_compiling in (False, True):  # then they are not kept
+        with mock.patch("torch.compiler.is_compiling", return_value=is_compiling):
+            segments = runs.segments(num_media)
+            assert (runs.segments(num_media) is segments) != is_compiling
+        columns = (segments.medium, segments.sees_something, segments.is_wrong)
+        assert list(zip(*(column.flatten().tolist() for column in columns), strict=True)) == expected
+        counts = [[row.count(medium) for medium in range(num_media)] for row in segments.medium.tolist()]
+        assert segments.length.tolist() == counts
 
 
 # ---------------------------------------------------------------- masks
@@ -185,6 +214,13 @@ def test_ranges_of_no_text_fit_and_those_of_other_rows_do_not() -> None:
         check_ranges_fit(torch.zeros(2, 1, 2, dtype=torch.long), torch.zeros(3, dtype=torch.long))
 
 
+def test_rows_without_text_have_no_image_tokens() -> None:
+    ranges = torch.zeros(2, 0, 2, dtype=torch.long)
+    MediaRuns.from_ranges(ranges, num_media=torch.tensor([0, 0]))
+    with pytest.raises(ValueError, match="row 1 has 0 <image> tokens but 1 media"):
+        MediaRuns.from_ranges(ranges, num_media=torch.tensor([0, 1]))
+
+
 def test_a_batch_without_text_or_rows_has_no_runs() -> None:
     assert MediaRuns.from_ranges(torch.zeros(2, 0, 2, dtype=torch.long)).table == ()
     assert MediaRuns.from_ranges(torch.zeros(0, 3, 2, dtype=torch.long)).table == ()
@@ -199,6 +235,7 @@ def test_the_default_device_does_not_matter() -> None:
     ranges = torch.tensor([[[0, 1], [1, 3]]])
     with torch.device("meta"):
         assert MediaRuns.from_ranges(ranges).table == ((0, 0, 1, 0, 1), (0, 1, 1, 1, 3))
+        assert dense_media_mask(ranges, 3).tolist() == [[[True, False, False], [False, True, True]]]
 
 
 def test_the_rule_can_differ_by_document() -> None:
@@ -220,8 +257,11 @@ def test_wrong_shapes_are_refused() -> None:
     is_image = torch.ones(2, 3, dtype=torch.bool)
     with pytest.raises(ValueError, match=r"document_ids must have the shape of media_locations, \(2, 3\), got \(3,\)"):
         media_ranges(is_image, document_ids=torch.zeros(3, dtype=torch.long))
-    with pytest.raises(ValueError, match=r"ranges must have shape \(batch, text, 2\), got \(2, 3\)"):
-        MediaRuns.from_ranges(torch.zeros(2, 3, dtype=torch.long))
+    for shape in ((3, 2), (1, 2, 3)):
+        with pytest.raises(
+            ValueError, match=rf"ranges must have shape \(batch, text, 2\), got {re.escape(str(shape))}"
+        ):
+            MediaRuns.from_ranges(torch.zeros(shape, dtype=torch.long))
     with pytest.raises(ValueError, match=r"num_media must have shape \(2,\), got \(3,\)"):
         MediaRuns.from_ranges(media_ranges(is_image), num_media=torch.zeros(3, dtype=torch.long))
 
