@@ -97,15 +97,31 @@ def test_segments_count_the_tokens_of_each_medium_and_know_those_that_are_not_in
             sees_something = start < stop
             is_wrong = sees_something and (stop - start > 1 or start < newest or stop > num_media)
             newest = max(newest, start) if sees_something else newest
-            expected.append((min(newest, num_media - 1), sees_something, is_wrong))
+            expected.append((min(newest, num_media - 1), not sees_something, is_wrong))
     for is_compiling in (False, True):  # then they are not kept
         with mock.patch("torch.compiler.is_compiling", return_value=is_compiling):
             segments = runs.segments(num_media)
             assert (runs.segments(num_media) is segments) != is_compiling
-        columns = (segments.medium, segments.sees_something, segments.is_wrong)
+        assert segments.blind is not None
+        assert segments.wrong is not None
+        columns = (segments.medium, segments.blind, segments.wrong)
         assert list(zip(*(column.flatten().tolist() for column in columns), strict=True)) == expected
-        counts = [[row.count(medium) for medium in range(num_media)] for row in segments.medium.tolist()]
-        assert segments.length.tolist() == counts
+        counts = [row.count(medium) for row in segments.medium.tolist() for medium in range(num_media)]
+        assert segments.ends.diff(prepend=segments.ends.new_tensor([-1])).tolist() == [1, *counts]
+
+
+@given(layouts())
+def test_nothing_is_to_be_cleared_where_the_table_tells_so(layout: Layout) -> None:
+    runs = layout.runs
+    if not runs.in_order:
+        return
+    segments = runs.segments(max(1, runs.media_stop))
+    assert segments.wrong is None
+    if segments.blind is None:
+        assert runs.sees_something.all()
+    else:
+        assert torch.equal(segments.blind, ~runs.sees_something)
+        assert segments.blind.any()
 
 
 # ---------------------------------------------------------------- masks
