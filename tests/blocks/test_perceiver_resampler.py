@@ -189,8 +189,8 @@ def test_checkpointing_gives_equal_gradients_and_keeps_less() -> None:
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             output = resampler(features, torch.tensor([[3, 1], [2, 0]]))
-        output.square().sum().backward()
-        gradients = [features.grad, *(parameter.grad for parameter in resampler.parameters())]
+        # Reentrant checkpointing, which loses gradients where no input has one, refuses this call.
+        gradients = torch.autograd.grad(output.square().sum(), (features, *resampler.parameters()))
         found.append((output, gradients, sum(kept)))
     (output, gradients, kept_without), (other_output, other_gradients, kept_with) = found
     torch.testing.assert_close((other_output, other_gradients), (output, gradients), rtol=0.0, atol=0.0)

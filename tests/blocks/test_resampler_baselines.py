@@ -153,6 +153,12 @@ def test_the_defaults_are_the_perceivers() -> None:
 
 
 @every_kind
+def test_half_precision_weights_give_half_precision_latents_for_media_of_different_lengths(kind: str) -> None:
+    resampler, num_frames = KINDS[kind]().bfloat16(), torch.tensor([[3, 1], [2, 0]])
+    assert resampler(features_of(0, 3).bfloat16(), num_frames).dtype == torch.bfloat16
+
+
+@every_kind
 def test_half_precision_features_meet_full_precision_weights(kind: str) -> None:
     features = features_of(0, 2).bfloat16()
     assert KINDS[kind]()(features).dtype == torch.float32
