@@ -7,7 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from flamingo_blocks.blocks import LinearResampler, MeanPoolResampler, MLPResampler, TransformerResampler
+from flamingo_blocks.blocks import (
+    LinearResampler,
+    MeanPoolResampler,
+    MLPResampler,
+    PerceiverResampler,
+    TransformerResampler,
+)
 from tests.strategies import random_tensor, randomize, seeds
 
 DIM, VISION_DIM, PATCHES = 8, 6, 4
@@ -111,11 +117,14 @@ def test_a_layer_of_the_transformer_is_torchs_with_norms_before_each_part_and_sq
     assert layer.linear1.out_features == 5
 
 
-def test_checkpointing_gives_equal_gradients_and_keeps_less() -> None:
-    assert make("transformer").gradient_checkpointing is False
+@pytest.mark.parametrize("kind", [PerceiverResampler, TransformerResampler])
+def test_checkpointing_gives_equal_gradients_and_keeps_less(kind: Any) -> None:
     found = []
     for gradient_checkpointing in (False, True):
-        resampler, features = make("transformer"), features_of(0, 3)
+        resampler = kind(dim=DIM, vision_dim=VISION_DIM, depth=2, heads=2, max_frames=3)
+        assert resampler.gradient_checkpointing is False
+        randomize(resampler.double(), 0)
+        features = features_of(0, 3).requires_grad_()
         resampler.gradient_checkpointing = gradient_checkpointing
         kept: list[int] = []
 
@@ -125,8 +134,9 @@ def test_checkpointing_gives_equal_gradients_and_keeps_less() -> None:
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             output = resampler(features, torch.tensor([[3, 1], [2, 0]]))
-        output.square().sum().backward()
-        found.append((output, [parameter.grad for parameter in resampler.parameters()], sum(kept)))
+        # Reentrant checkpointing, which loses gradients where no input has one, refuses this call.
+        gradients = torch.autograd.grad(output.square().sum(), (features, *resampler.parameters()))
+        found.append((output, gradients, sum(kept)))
     (output, gradients, kept_without), (other_output, other_gradients, kept_with) = found
     torch.testing.assert_close((other_output, other_gradients), (output, gradients), rtol=0.0, atol=0.0)
     assert kept_with < kept_without / 2
