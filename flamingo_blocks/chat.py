@@ -57,8 +57,8 @@ def default_chat_template(tokenizer: Any, image_token: str, end_of_chunk_token: 
         end_of_chunk_token: Ends an answer, where the tokenizer has no template of its own.
 
     Returns:
-        The tokenizer's template, or several by name; or one for dialogues as the paper shows them: `User: <image>What
-        is this?`, `Flamingo: A cat.<EOC>`.
+        The tokenizer's template, or several by name; or one for dialogues as the paper shows them:
+        `User: <image>What is this?`, `Flamingo: A cat.<EOC>`.
     """
 
     def with_tokens(template: str) -> str:

@@ -1,5 +1,6 @@
 """What a newcomer relies on: the commands of the README, the maps in the docs, and what a release is made of."""
 
+import ast
 import os
 import re
 import runpy
@@ -139,6 +140,15 @@ def test_fences_of_the_docs_are_such_as_the_site_understands() -> None:
     """Words behind the language end a fence for mkdocs, unless they stand in braces with it."""
     for page in (ROOT / "docs").rglob("*.md"):
         assert not re.findall(r"^\s*```\w+ .*$", page.read_text(), flags=re.MULTILINE), page
+
+
+def test_tags_in_docstrings_stand_in_code_that_one_line_holds() -> None:
+    """Where code goes on in the next line, the site takes `<image>` for HTML and shows nothing."""
+    for module in (ROOT / "flamingo_blocks").rglob("*.py"):
+        for node in ast.walk(ast.parse(module.read_text())):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                for line in (ast.get_docstring(node) or "").splitlines():
+                    assert not ("<" in line and line.count("`") % 2), f"{module}: {line}"
 
 
 def test_the_readme_has_the_short_comparison() -> None:
