@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from einops import rearrange
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from flamingo_blocks import GatedCrossAttentionBlock, LMLayerInjector, MediaRuns, media_ranges
 from flamingo_blocks.injection import select_layers
 from flamingo_blocks.language import find_decoder_layers
+from flamingo_blocks.residual_stream import LAYOUTS, StreamLayout
 from tests.strategies import Layout, layouts, randomize, seeds
 from tests.tiny_language_models import CONFIGS, DEPTH, VOCAB, WIDTH, make_lm
 
@@ -696,6 +698,20 @@ def test_blocks_stand_in_a_stream_that_is_time_major() -> None:
         found = layer(hidden_states)
     expected = block(hidden_states.transpose(0, 1), media[:1].repeat(2, 1, 1, 1), runs).transpose(0, 1)
     torch.testing.assert_close(found, 2 * expected)
+
+
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if "streams" in layout])
+def test_blocks_read_the_mean_of_several_streams_and_write_to_each(layout: StreamLayout) -> None:
+    block = GatedCrossAttentionBlock(dim=8, media_dim=MEDIA_DIM, heads=2, gate_init=1.0)
+    layer = Double()
+    injector = LMLayerInjector({0: block}, stream=layout).inject([layer])
+    streams, media = torch.randn(3, 2, 4, 8), torch.randn(1, 1, LATENTS, MEDIA_DIM)
+    runs = MediaRuns.from_ranges(media_ranges(torch.tensor([[True, False, False, False]] * 2)).view(1, 8, 2))
+    with injector.scope(media, runs, rows_per_media=2):
+        found = layer(rearrange(streams, f"streams batch text dim -> {layout}"))
+    mean = streams.mean(0)
+    added = block(mean.view(1, 8, 8), media, runs).view(2, 4, 8) - mean
+    torch.testing.assert_close(found, rearrange(2 * (streams + added), f"streams batch text dim -> {layout}"))
 
 
 @pytest.mark.unchecked

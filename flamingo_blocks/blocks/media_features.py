@@ -94,7 +94,7 @@ class MediaFeatures(nn.Module):
         if num_frames is None:
             num_frames = torch.full((1, 1), frames, device=device)
         last = self.max_frames - 1
-        index = torch.arange(frames, device=device).expand(*num_frames.shape, -1)
+        index = torch.arange(frames, device=device)
         # Up to max_frames, frame i has embedding i; beyond, positions shrink so that the last frame has the last one:
         # i * last / (length - 1), as a fraction of integers, to be exact in every dtype.
         is_long = num_frames[..., None] > self.max_frames

@@ -170,8 +170,9 @@ def test_half_precision_weights_give_half_precision_latents_for_media_of_differe
 
 @every_kind
 def test_half_precision_features_meet_full_precision_weights(kind: str) -> None:
-    features = features_of(0, 2).bfloat16()
-    assert KINDS[kind]()(features).dtype == torch.float32
+    resampler, features = KINDS[kind](), features_of(0, 2).bfloat16()
+    assert resampler(features).dtype == torch.float32
+    assert torch.equal(resampler(features), resampler(features.float()))
 
 
 @pytest.mark.parametrize("kind", [MeanPoolResampler, MLPResampler, partial(TransformerResampler, heads=2)])
