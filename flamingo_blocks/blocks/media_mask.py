@@ -301,8 +301,6 @@ class MediaRuns:
 
 def _collect_runs(ranges: Int[Tensor, "batch text 2"]) -> tuple[MediaRun, ...]:
     batch, text, _ = ranges.shape
-    if batch == 0 or text == 0:
-        return ()
     begins = torch.ones(batch, text, dtype=torch.bool, device=ranges.device)
     begins[:, 1:] = (ranges[:, 1:] != ranges[:, :-1]).any(-1)
     first = begins.flatten().nonzero().squeeze(-1)
