@@ -202,6 +202,7 @@ def test_every_extra_is_for_users_or_for_those_who_work_on_the_library() -> None
     for page in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "flamingo_blocks").rglob("*.py")]:
         for names in re.findall(r"flamingo-blocks\[([\w,]+)\]", page.read_text()):
             assert set(names.split(",")) <= extras, page
+    assert re.findall(r"^\| `(\w+)` \|", (ROOT / "docs" / "quick_start.md").read_text(), re.MULTILINE) == [*EXTRAS]
 
 
 def test_a_release_is_tried_with_each_python_that_it_says() -> None:
