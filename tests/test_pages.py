@@ -14,6 +14,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from torch import nn
 from torchao.quantization import Int8WeightOnlyConfig
 from transformers import AutoModelForCausalLM, dynamic_module_utils
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -86,15 +87,16 @@ def lora_and_quantised() -> dict[str, Any]:
 
 
 def one_block() -> dict[str, Any]:
-    input_ids = torch.tensor([[0, 5, 6, 0, 7]])
+    decoder = nn.Module()
+    decoder.embedding = nn.Embedding(8, 16)
+    decoder.blocks = nn.ModuleList([GatedCrossAttentionBlock(dim=16, media_dim=8, heads=2)])
     return {
         "torch": torch,
         "MediaRuns": MediaRuns,
         "media_ranges": media_ranges,
-        "block": GatedCrossAttentionBlock(dim=16, media_dim=8, heads=2),
-        "hidden_states": torch.randn(1, 5, 16),
-        "media": torch.randn(1, 2, 3, 8),
-        "input_ids": input_ids,
+        "decoder": decoder,
+        "latents": torch.randn(1, 2, 3, 8),
+        "input_ids": torch.tensor([[0, 5, 6, 0, 7]]),
         "IMAGE": 0,
     }
 

@@ -200,7 +200,7 @@ def test_every_extra_is_for_users_or_for_those_who_work_on_the_library() -> None
     extras = set(PYPROJECT["project"]["optional-dependencies"])
     assert extras == {*EXTRAS, "dev", "docs", "test"}
     for page in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "flamingo_blocks").rglob("*.py")]:
-        for names in re.findall(r"flamingo-blocks\[([\w,]+)\]", page.read_text()):
+        for names in re.findall(r"(?:flamingo-blocks|\"\.)\[([\w,]+)\]", page.read_text()):
             assert set(names.split(",")) <= extras, page
     assert re.findall(r"^\| `(\w+)` \|", (ROOT / "docs" / "quick_start.md").read_text(), re.MULTILINE) == [*EXTRAS]
 
