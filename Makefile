@@ -59,7 +59,7 @@ coverage: $(READY) ## Try every language model and every backbone, up to an hour
 mutants: $(READY) ## Show that each law can fail: put a bug in, see its test fail; writes tests/README.md
 	@$(BIN)/python tests/mutants.py
 
-mutation: $(MUTMUT) ## Put 2,500 small bugs into the blocks, hours, can be stopped; says which no test sees
+mutation: $(MUTMUT) ## Put 2,500 small bugs into the blocks, twenty minutes, can be stopped; says which no test sees
 	@OMP_NUM_THREADS=1 HYPOTHESIS_PROFILE=mutation $(BIN)/python -m mutmut run
 	@$(BIN)/python -m mutmut results
 	@$(BIN)/python -m mutmut export-cicd-stats
