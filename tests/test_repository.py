@@ -151,6 +151,15 @@ def test_tags_in_docstrings_stand_in_code_that_one_line_holds() -> None:
                     assert not ("<" in line and line.count("`") % 2), f"{module}: {line}"
 
 
+def test_every_module_has_its_page_in_the_reference() -> None:
+    pages = {page: page.read_text() for page in (ROOT / "docs" / "reference").rglob("*.md")}
+    described = {name for text in pages.values() for name in re.findall(r"^::: (\S+)$", text, re.MULTILINE)}
+    modules = (path for path in (ROOT / "flamingo_blocks").rglob("*.py") if not path.name.startswith("_"))
+    assert described == {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in modules}
+    for page in pages:
+        assert page.relative_to(ROOT / "docs").as_posix() in (ROOT / "mkdocs.yml").read_text(), page
+
+
 def test_the_readme_has_the_short_comparison() -> None:
     assert COMPARISON["OUT"].read_text() in (ROOT / "README.md").read_text()
 
