@@ -56,7 +56,7 @@ coverage: $(READY) ## Try every language model and every backbone, up to an hour
 	@$(BIN)/python -m tests.coverage.language_models
 	@$(BIN)/python -m tests.coverage.vision_encoders
 
-mutants: $(READY) ## Show that each law can fail: put a bug in, see its test fail; writes tests/README.md
+mutants: $(READY) ## Show that each law can fail: put a bug in, see its test fail, half an hour; writes tests/README.md
 	@$(BIN)/python tests/mutants.py
 
 mutation: $(MUTMUT) ## Put 2,500 small bugs into the blocks, twenty minutes, can be stopped; says which no test sees
