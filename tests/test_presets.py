@@ -55,6 +55,7 @@ def test_shapes_are_the_papers(
     assert {(p.requires_grad, p.dtype) for p in model.parameters()} == {(True, torch.float32), (False, torch.bfloat16)}
 
 
+@pytest.mark.slow
 def test_the_tables_in_the_docs_are_what_the_shapes_give() -> None:
     for name in ("preset_sizes", "memory_plan"):  # in one test, so that the models are built once
         script = Path(__file__).parents[1] / "docs" / "figures" / f"{name}.py"
