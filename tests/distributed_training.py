@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import peft
 import safetensors.torch
@@ -142,6 +143,14 @@ def check_parts(folder: Path, model: Any, **options: Any) -> dict[str, Any]:
     return {"losses": losses(trainer), "saved": saved_norms(folder / "end")}
 
 
+def check_scalars(folder: Path, **options: Any) -> dict[str, Any]:
+    """An encoder that has single numbers for parameters is left out, in the way of the page on scaling."""
+    model = make()
+    model.vision_encoder.gain = nn.Parameter(torch.ones(()), requires_grad=False)
+    with mock.patch.dict(os.environ, {"FSDP_IGNORED_MODULES": "vision_encoder"}):
+        return check_parts(folder, model, **options)
+
+
 def saved_norms(folder: Path) -> dict[str, float]:
     """What PEFT has saved, by name."""
     path = folder / "adapter_model.safetensors"
@@ -211,6 +220,7 @@ CHECKS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "fsdp resume": lambda folder: check_resume(folder, **FSDP),
     "fsdp resume sharded": lambda folder: check_resume(folder, **SHARDED),
     "fsdp lora": lambda folder: check_parts(folder, make_with_lora(), **FSDP),
+    "fsdp scalars": lambda folder: check_scalars(folder, **FSDP),
     "fsdp saving": lambda folder: check_saving(folder, **FSDP),
     "fsdp saving sharded": lambda folder: check_saving(folder, **SHARDED),
     "fsdp use": lambda folder: check_use(folder, **FSDP),

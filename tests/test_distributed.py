@@ -74,6 +74,12 @@ def test_lora_and_a_quantised_language_model_train_as_in_one_process(
     assert bool(alone["saved"]) == ("lora" in name)
 
 
+def test_an_encoder_with_scalars_is_left_out_of_fsdp(found: dict[str, list[Any]], tmp_path: Path) -> None:
+    alone = one_process(tmp_path)
+    losses = [entry["loss"] for entry in alone.state.log_history if "loss" in entry]
+    assert [process["losses"] for process in found["fsdp scalars"]] == [pytest.approx(losses, rel=CLOSE)] * 2
+
+
 @pytest.mark.parametrize("name", ["ddp resume", "fsdp resume", "fsdp resume sharded"])
 def test_resumption_is_exact(name: str, found: dict[str, list[Any]]) -> None:
     assert found[name] == [{"same_end": True, "same_losses": True, "given": 12}] * 2
