@@ -97,7 +97,8 @@ def test_what_is_saved_builds_a_flamingo_and_what_is_corrupt_is_told(
     words = len(tiny_world.VOCABULARY)
     lm = LlamaConfig(vocab_size=words, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
     model, processor = build_flamingo(lm, path, tokenizer=tiny_world.make_tokenizer(), num_latents=2)
-    loaded = timm.create_model(f"local-dir:{path}", pretrained=True)
+    arguments = {"num_classes": 0} | json.loads(Path(path, "config.json").read_text()).get("model_args", {})
+    loaded = timm.create_model(architecture, checkpoint_path=f"{path}/model.safetensors", **arguments)
     assert processor.image_processor.size == {"height": 32, "width": 32}
     for backbone in (model.vision_encoder.backbone, loaded):
         for name, tensor in backbone.state_dict().items():
