@@ -252,7 +252,7 @@ class LMLayerInjector(nn.Module):
         Backward runs after the scope has ended, so a recomputed layer would not find it. Pass this method as
         `context_fn` to `torch.utils.checkpoint.checkpoint(..., use_reentrant=False)`,
         to torch's `checkpoint_wrapper`, or in transformers' `gradient_checkpointing_kwargs`. (transformers 5.23
-        checkpoints layers without their hooks and does not need it; 5.17 does.) A recomputation that lacks it is an
+        checkpoints layers without their hooks and does not need it; older ones do.) A recomputation that lacks it is an
         error, never a wrong gradient.
         """
         return nullcontext(), Opened(self._scopes, self._scopes.current.value)

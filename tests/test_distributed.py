@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed_training import check_parts, make, make_quantised, make_with_lora
+from tests.distributed_training import SAVES_LORA_OF_FSDP, check_parts, make, make_quantised, make_with_lora
 from tests.tiny_stream import make_trainer
 
 ROOT = Path(__file__).parents[1]
@@ -67,6 +67,8 @@ def test_losses_are_those_of_one_process(name: str, found: dict[str, list[Any]],
 def test_lora_and_a_quantised_language_model_train_as_in_one_process(
     name: str, found: dict[str, list[Any]], tmp_path: Path
 ) -> None:
+    if name == "fsdp lora" and not SAVES_LORA_OF_FSDP:
+        pytest.skip("older transformers cannot save it")
     alone = check_parts(tmp_path, make_quantised(tmp_path) if name == "ddp quantised" else make_with_lora())
     for process in found[name]:
         assert process["losses"] == pytest.approx(alone["losses"], rel=CLOSE)
