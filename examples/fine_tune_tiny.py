@@ -267,14 +267,14 @@ def main() -> None:
 
 def report(metrics: dict[str, Any], out: Path) -> None:
     """Print what was found."""
-    print(f"\n{'right names of ten, by labelled images':<40}")
-    for name, row in metrics["accuracy"].items():
-        cells = ", ".join(f"{count}: {accuracy:.3f}" for count, accuracy in row.items())
-        print(f"{name:<20}{cells}")
-    print("\nright names of two, told in the prompt, after fine-tuning")
-    for name, row in metrics["few_shot_accuracy"].items():
-        cells = ", ".join(f"{count}: {accuracy:.3f}" for count, accuracy in row.items())
-        print(f"{name:<20}{cells}")
+    for title, table in (
+        ("right names of ten, by labelled images", metrics["accuracy"]),
+        ("right names of two, told in the prompt, after fine-tuning", metrics["few_shot_accuracy"]),
+    ):
+        print(f"\n{title}")
+        for name, row in table.items():
+            cells = ", ".join(f"{count}: {accuracy:.3f}" for count, accuracy in row.items())
+            print(f"{name:<20}{cells}")
     print(f"\n{metrics['seconds']} s in all. Written to {out}: metrics.json, {', '.join(metrics['adapters'])}")
 
 
